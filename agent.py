@@ -1,0 +1,564 @@
+"""The agent process: connection, slots, transfers, adoption after restart.
+
+Every attempt is driven by a task of its own, from receiving its input to the server's
+word that the result is stored, whether or not there is a connection. A connection, when
+there is one, carries what the attempts have to say; after a reconnect both ends compare
+notes and go on from where they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import random
+import secrets
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+import config
+import protocol
+import runner
+from channel import Outbox
+from config import ConfigError
+from protocol import AttemptPhase, Stream
+
+log = logging.getLogger("orchestrator.agent")
+
+_FIRST_RETRY_SECONDS = 0.1
+_LAST_RETRY_SECONDS = 5.0
+_CONNECT_SECONDS = 10.0
+_SILENT_HEARTBEATS = 2.5
+_STOP_SECONDS = 5.0
+_LOCK_SECONDS = 10.0
+_LOCK_PAUSE_SECONDS = 0.05
+
+
+class AgentRefused(Exception):
+    """The server does not want this agent, and trying again won't help."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """What an agent is told; ``services`` None offers all, ``slots`` is jobs at a time."""
+
+    server: str
+    name: str
+    slots: int
+    services: tuple[str, ...] | None
+    workdir: Path
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True)
+class _Held:
+    """An attempt that this agent holds, and the task that drives it."""
+
+    directory: runner.JobDirectory
+    phase: AttemptPhase
+    input: asyncio.Queue[protocol.Frame] = field(default_factory=asyncio.Queue)
+    finished: protocol.Finished | None = None
+    failure: protocol.Rejected | protocol.Lost | None = None
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> int:
+        return self.directory.assign.attempt_id
+
+    @property
+    def job_id(self) -> int:
+        return self.directory.assign.job_id
+
+
+class Agent:
+    """One agent; :meth:`run` serves until it is cancelled or refused."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._attempts_path = settings.workdir / "attempts"
+        self._agent_id = ""
+        self._instance = secrets.token_hex(8)
+        self._held: dict[int, _Held] = {}
+        self._outbox: Outbox | None = None
+        self._heard_at = 0.0
+        self._tasks: asyncio.TaskGroup
+
+    async def run(self) -> None:
+        """Adopt what earlier processes left, then stay connected.
+
+        Raises :class:`AgentRefused` if the server refuses it for good. Cancelled, it leaves
+        its jobs running; the next process with this work directory adopts them.
+        """
+        lock = await _lock(self._settings.workdir)
+        try:
+            self._agent_id = _identity(self._settings.workdir)
+            async with asyncio.TaskGroup() as self._tasks:
+                for directory in await asyncio.to_thread(
+                    runner.JobDirectory.find_all, self._attempts_path
+                ):
+                    self._hold(_Held(directory, directory.phase()))
+                log.info(
+                    "event=agent_started agent=%s id=%s adopted=%d",
+                    self._settings.name,
+                    self._agent_id,
+                    len(self._held),
+                )
+                await self._stay_connected()
+        finally:
+            os.close(lock)
+
+    # --- connection
+
+    async def _stay_connected(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            pause = _FIRST_RETRY_SECONDS
+            while True:
+                try:
+                    await self._connect(session)
+                    pause = _FIRST_RETRY_SECONDS
+                except (aiohttp.ClientError, OSError, TimeoutError, _ConnectionEnded) as error:
+                    log.info("event=connection_failed error=%r", str(error))
+                except protocol.ProtocolError as error:
+                    log.warning("event=server_error error=%r", str(error))
+                # full jitter: agents of a restarted server must not come back all at once
+                await asyncio.sleep(random.uniform(_FIRST_RETRY_SECONDS / 2, pause))
+                pause = min(pause * 2, _LAST_RETRY_SECONDS)
+
+    async def _connect(self, session: aiohttp.ClientSession) -> None:
+        token = self._settings.token
+        try:
+            socket = await asyncio.wait_for(
+                session.ws_connect(
+                    f"{self._settings.server}/agent",
+                    headers={"Authorization": f"Bearer {token}"} if token else {},
+                    max_msg_size=protocol.MAX_TEXT_BYTES,
+                    compress=0,
+                    autoping=True,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=_STOP_SECONDS),
+                ),
+                _CONNECT_SECONDS,
+            )
+        except aiohttp.WSServerHandshakeError as error:
+            raise _handshake_error(error) from None
+        async with socket:
+            await self._converse(socket)
+
+    async def _converse(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        outbox = Outbox()
+        await socket.send_str(protocol.encode(self._hello()))
+        welcome = await asyncio.wait_for(_receive_welcome(socket), _CONNECT_SECONDS)
+        log.info("event=connected agent=%s server_version=%s", self._settings.name, welcome.version)
+        self._outbox = outbox
+        self._reconcile(welcome)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(outbox.run(socket), name="outbox")
+                tasks.create_task(self._beat(welcome.heartbeat_seconds), name="heartbeat")
+                await self._receive(socket)
+                raise _ConnectionEnded("the server closed the connection")
+        except BaseExceptionGroup as group:
+            raise _first_of(group) from None
+        finally:
+            self._outbox = None
+            for held in self._held.values():
+                _empty(held.input)
+
+    def _hello(self) -> protocol.Hello:
+        return protocol.Hello(
+            protocol=protocol.PROTOCOL_VERSION,
+            agent_id=self._agent_id,
+            instance=self._instance,
+            name=self._settings.name,
+            version=config.VERSION,
+            slots=self._settings.slots,
+            services=self._settings.services,
+            attempts=tuple(
+                protocol.HeldAttempt(
+                    held.job_id, held.id, held.phase, held.directory.input_offset
+                )
+                for held in self._held.values()
+            ),
+        )
+
+    def _reconcile(self, welcome: protocol.Welcome) -> None:
+        kept = {attempt.attempt_id: attempt.result_offset for attempt in welcome.keep}
+        for held in list(self._held.values()):
+            if held.id in kept:
+                self._report_all(held, kept[held.id])
+            else:
+                self._drop(held.id, "the server does not want it any more")
+
+    async def _beat(self, interval: float) -> None:
+        """Send heartbeats; end the connection when the server was silent for too long."""
+        loop = asyncio.get_running_loop()
+        self._heard_at = loop.time()
+        while loop.time() - self._heard_at < _SILENT_HEARTBEATS * interval:
+            self._put(protocol.Heartbeat())
+            await asyncio.sleep(interval)
+        raise _ConnectionEnded("the server is silent")
+
+    async def _receive(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        loop = asyncio.get_running_loop()
+        async for frame in socket:
+            self._heard_at = loop.time()
+            if frame.type is aiohttp.WSMsgType.TEXT:
+                self._take_message(protocol.decode(frame.data))
+            elif frame.type is aiohttp.WSMsgType.BINARY:
+                self._take_frame(protocol.decode_frame(frame.data))
+
+    def _take_message(self, message: protocol.Message | protocol.UnknownMessage) -> None:
+        match message:
+            case protocol.Assign():
+                self._take_assignment(message)
+            case protocol.Acknowledge():
+                if self._outbox is not None:
+                    self._outbox.acknowledge(message.transfer, message.offset)
+            case protocol.Stored():
+                if held := self._held.get(message.attempt_id):
+                    held.released.set()
+            case protocol.Drop():
+                self._drop(message.attempt_id, message.reason)
+            case protocol.Heartbeat():
+                pass
+            case protocol.UnknownMessage():
+                log.info("event=unknown_message type=%s", message.type)
+            case _:
+                raise protocol.ProtocolError(f"a server does not send {type(message).__name__}")
+
+    def _take_frame(self, frame: protocol.Frame) -> None:
+        attempt_id, stream = protocol.transfer_parts(frame.transfer)
+        if stream is not Stream.INPUT:
+            raise protocol.ProtocolError(f"a server does not send {stream.name}")
+        if held := self._held.get(attempt_id):
+            held.input.put_nowait(frame)
+
+    def _put(self, message: protocol.Message) -> None:
+        """Say it if there is a connection; if not, the next one begins with a report of all."""
+        if self._outbox is not None:
+            self._outbox.put(message)
+
+    # --- attempts
+
+    def _take_assignment(self, assign: protocol.Assign) -> None:
+        if assign.attempt_id in self._held:
+            return  # repeated
+        path = self._attempts_path / str(assign.attempt_id)
+        self._hold(_Held(runner.JobDirectory(path, assign), AttemptPhase.RECEIVING))
+
+    def _hold(self, held: _Held) -> None:
+        self._held[held.id] = held
+        held.task = self._tasks.create_task(self._drive(held), name=f"attempt {held.id}")
+
+    def _drop(self, attempt_id: int, reason: str) -> None:
+        held = self._held.get(attempt_id)
+        if held is None or held.task is None:
+            return
+        log.info("event=dropped job=%d attempt=%d reason=%r", held.job_id, attempt_id, reason)
+        del self._held[attempt_id]
+        held.task.cancel()
+        self._tasks.create_task(self._discard(held), name=f"discard {attempt_id}")
+
+    async def _discard(self, held: _Held) -> None:
+        """Kill what runs of an attempt and remove it."""
+        assert held.task is not None
+        await asyncio.wait([held.task])
+        try:
+            await held.directory.kill()
+            await asyncio.to_thread(held.directory.remove)
+        except (OSError, runner.JobLost) as error:
+            log.error("event=discard_failed attempt=%d error=%r", held.id, str(error))
+
+    async def _drive(self, held: _Held) -> None:
+        """Bring an attempt from where it is to its end."""
+        try:
+            await self._run_job(held)
+        except runner.JobInvalid as error:
+            held.failure = protocol.Rejected(held.id, str(error))
+        except runner.JobLost as error:
+            held.failure = protocol.Lost(held.id, str(error))
+        except OSError as error:
+            log.exception("event=attempt_failed job=%d attempt=%d", held.job_id, held.id)
+            held.failure = protocol.Lost(held.id, f"{error.strerror}: {error.filename}")
+        except Exception as error:  # a defect here must not end the other jobs
+            log.exception("event=attempt_failed job=%d attempt=%d", held.job_id, held.id)
+            held.failure = protocol.Lost(held.id, f"defect in the agent: {error!r}")
+        if held.failure is not None:
+            self._put(held.failure)
+            await held.released.wait()  # in vain: the server answers with a drop, which cancels
+        await asyncio.to_thread(held.directory.remove)
+        self._held.pop(held.id, None)
+
+    async def _run_job(self, held: _Held) -> None:
+        directory = held.directory
+        if held.phase is AttemptPhase.RECEIVING:
+            await self._receive_input(held)
+            self._enter(held, AttemptPhase.ACCEPTED)
+        elif held.phase is AttemptPhase.ACCEPTED:
+            await asyncio.to_thread(directory.accept_input)  # the machine may have gone down
+        if held.phase is AttemptPhase.ACCEPTED:
+            await directory.start()
+            self._enter(held, AttemptPhase.RUNNING)
+        if held.phase is AttemptPhase.RUNNING:
+            ended = await directory.wait()
+            held.finished = await asyncio.to_thread(directory.finish, ended)
+            self._enter(held, AttemptPhase.FINISHED)
+        else:
+            held.finished = await asyncio.to_thread(directory.report)
+            self._enter(held, AttemptPhase.FINISHED)
+        await held.released.wait()
+
+    async def _receive_input(self, held: _Held) -> None:
+        directory = held.directory
+        if not directory.path.exists():
+            held.directory = directory = await asyncio.to_thread(
+                runner.JobDirectory.create, self._attempts_path, directory.assign
+            )
+        transfer = protocol.transfer_id(held.id, Stream.INPUT)
+        while directory.input_offset < directory.input_size:
+            frame = await held.input.get()
+            if frame.offset < directory.input_offset:
+                continue  # repeated
+            if frame.offset > directory.input_offset:
+                raise protocol.ProtocolError(f"attempt {held.id}: a gap in the input")
+            await asyncio.to_thread(directory.write_input, frame.data)
+            self._put(protocol.Acknowledge(transfer, directory.input_offset))
+        await asyncio.to_thread(directory.accept_input)
+
+    def _enter(self, held: _Held, phase: AttemptPhase) -> None:
+        held.phase = phase
+        log.info("event=%s job=%d attempt=%d", phase, held.job_id, held.id)
+        match phase:
+            case AttemptPhase.ACCEPTED:
+                self._put(protocol.Accepted(held.id))
+            case AttemptPhase.RUNNING:
+                self._put(protocol.Started(held.id))
+            case AttemptPhase.FINISHED:
+                self._report_result(held, 0)
+
+    def _report_all(self, held: _Held, result_offset: int) -> None:
+        """Tell a new connection how far an attempt is; what the server knows does no harm."""
+        if held.failure is not None:
+            self._put(held.failure)
+            return
+        if held.phase is not AttemptPhase.RECEIVING:
+            self._put(protocol.Accepted(held.id))
+        if held.phase in (AttemptPhase.RUNNING, AttemptPhase.FINISHED):
+            self._put(protocol.Started(held.id))
+        if held.phase is AttemptPhase.FINISHED and held.finished is not None:
+            self._report_result(held, result_offset)
+
+    def _report_result(self, held: _Held, offset: int) -> None:
+        if self._outbox is None or held.finished is None:
+            return
+        directory, size = held.directory, held.finished.result_size
+
+        async def source(position: int) -> bytes:
+            return await asyncio.to_thread(directory.read_result, position)
+
+        self._outbox.put(held.finished)
+        if offset < size:
+            transfer = protocol.transfer_id(held.id, Stream.RESULT)
+            self._outbox.open(transfer, source, offset, size)
+
+
+class _ConnectionEnded(Exception):
+    """The connection is over, as connections are; another one follows."""
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
+
+
+def _empty(queue: asyncio.Queue[protocol.Frame]) -> None:
+    while not queue.empty():
+        queue.get_nowait()
+
+
+def _handshake_error(error: aiohttp.WSServerHandshakeError) -> Exception:
+    match error.status:
+        case 401:
+            return AgentRefused(
+                "the server refused the agent token; show the right one with"
+                " 'python orchestrator.py agent-token' where the server runs"
+            )
+        case 403:
+            return AgentRefused(
+                "the server does not go by that name; add it to its ALLOWED_HOSTS setting"
+            )
+        case status:
+            return _ConnectionEnded(f"the server answered with HTTP status {status}")
+
+
+async def _receive_welcome(socket: aiohttp.ClientWebSocketResponse) -> protocol.Welcome:
+    async for frame in socket:
+        if frame.type is not aiohttp.WSMsgType.TEXT:
+            continue
+        message = protocol.decode(frame.data)
+        if isinstance(message, protocol.Refused) and not message.retry:
+            raise AgentRefused(message.reason)
+        if isinstance(message, protocol.Refused):
+            raise _ConnectionEnded(message.reason)
+        if isinstance(message, protocol.Welcome):
+            return message
+    raise _ConnectionEnded("the server closed the connection before its welcome")
+
+
+async def _lock(workdir: Path) -> int:
+    """Keep a second agent off the work directory; waits a little for one that is ending."""
+    workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = asyncio.get_running_loop().time() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if asyncio.get_running_loop().time() > deadline:
+                os.close(descriptor)
+                raise AgentRefused(f"{workdir}: another agent works in this directory") from None
+        await asyncio.sleep(_LOCK_PAUSE_SECONDS)
+
+
+def _identity(workdir: Path) -> str:
+    """Return the identity that belongs to the work directory, made at the first start."""
+    path = workdir / "agent-id"
+    with contextlib.suppress(FileNotFoundError):
+        if identity := path.read_text(encoding="ascii").strip():
+            return identity
+    identity = uuid.uuid4().hex
+    unfinished = workdir / "agent-id.new"
+    unfinished.write_text(identity, encoding="ascii")
+    unfinished.rename(path)
+    return identity
+
+
+# --- command line -----------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of ``agent.py``."""
+    parser = argparse.ArgumentParser(
+        prog="orchestrator-agent",
+        description="Run jobs of an Orchestrator server on this machine.",
+        epilog=f"The token may also be given in {config.AGENT_TOKEN_VARIABLE}.",
+    )
+    parser.add_argument("--server", required=True, metavar="URL", help="http://host:5000")
+    parser.add_argument("--name", default=socket.gethostname(), help="default: the host's name")
+    parser.add_argument("--slots", type=int, default=os.cpu_count() or 1, help="jobs at a time")
+    parser.add_argument("--services", metavar="A,B", help="services it offers (default: all)")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where its jobs run")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the agent token")
+    parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=config.VERSION)
+    return parser.parse_args(arguments)
+
+
+def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSettings:
+    name = config.checked_agent_name(options.name)
+    if not 1 <= options.slots <= 4096:
+        raise ConfigError("--slots must be from 1 to 4096")
+    server = options.server.rstrip("/")
+    if not server.startswith(("http://", "https://")):
+        raise ConfigError("--server must begin with http:// or https://")
+    services = None
+    if options.services is not None:
+        services = tuple(part.strip() for part in options.services.split(",") if part.strip())
+    return AgentSettings(
+        server=server,
+        name=name,
+        slots=options.slots,
+        services=services,
+        workdir=(options.workdir or _default_workdir(name)).absolute(),
+        token=token,
+    )
+
+
+def _default_workdir(name: str) -> Path:
+    """Return a directory that outlives a restart of the machine (XDG base directories)."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "orchestrator" / name
+
+
+def _read_token(options: argparse.Namespace) -> str | None:
+    if options.embedded:
+        return config.checked_token(sys.stdin.readline())
+    if options.token_file is not None:
+        try:
+            return config.checked_token(options.token_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{options.token_file}: {error}") from None
+    return None
+
+
+def _hide_token_variable(arguments: Sequence[str]) -> None:
+    """Start again without the token in the environment, which any job could read in /proc."""
+    token = os.environ.get(config.AGENT_TOKEN_VARIABLE)
+    if token is None:
+        return
+    receiving, sending = os.pipe()
+    os.write(sending, token.encode())
+    os.close(sending)
+    os.set_inheritable(receiving, True)
+    environment = dict(os.environ)
+    del environment[config.AGENT_TOKEN_VARIABLE]
+    own = [sys.executable, str(Path(__file__).absolute()), *arguments]
+    if not any(argument.startswith("--token-file") for argument in arguments):
+        own += ["--token-file", f"/dev/fd/{receiving}"]
+    os.execve(sys.executable, own, environment)
+
+
+async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if options.embedded:
+        loop.add_reader(sys.stdin.fileno(), stop.set)  # end of file: the server is gone
+    serving = asyncio.create_task(Agent(settings).run(), name="agent")
+    stopping = asyncio.create_task(stop.wait(), name="stop signal")
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if options.embedded:
+        loop.remove_reader(sys.stdin.fileno())
+    stopping.cancel()
+    serving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+    log.info("event=agent_stopped agent=%s", settings.name)
+
+
+def main() -> int:
+    """Entry point of ``agent.py`` and of ``orchestrator-agent``."""
+    arguments = sys.argv[1:]
+    options = parse_arguments(arguments)
+    _hide_token_variable(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+    )
+    try:
+        settings = _settings_of(options, _read_token(options))
+        asyncio.run(_serve(settings, options))
+    except* (ConfigError, AgentRefused) as group:
+        sys.stderr.write(f"orchestrator-agent: {_first_of(group)}\n")
+        return_code = 2
+    else:
+        return_code = 0
+    return return_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

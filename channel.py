@@ -1,0 +1,112 @@
+"""One end of the agent channel: how control messages and transfers share one WebSocket.
+
+Control messages go first, then one frame of each open transfer in turn, so that a
+heartbeat passes while gigabytes flow. No transfer runs further ahead of its receiver
+than the window, so memory stays bounded on both sides however slow the link is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import protocol
+
+Source: TypeAlias = Callable[[int], Awaitable[bytes]]
+"""Returns the piece of a transfer that starts at the offset: at most one chunk, not empty."""
+
+
+class Socket(Protocol):
+    """What the outbox needs of a WebSocket, client's or server's."""
+
+    async def send_str(self, data: str) -> None:
+        """Send one text frame; returns when the transport has room for more."""
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Send one binary frame; returns when the transport has room for more."""
+
+
+@dataclass(slots=True)
+class _Sending:
+    source: Source
+    offset: int
+    acknowledged: int
+    end: int
+
+    def may_send(self) -> bool:
+        return self.offset < self.end and self.offset - self.acknowledged < protocol.WINDOW_BYTES
+
+
+class Outbox:
+    """All that one end still has to send. Fill it from anywhere; one task runs :meth:`run`."""
+
+    def __init__(self) -> None:
+        self._messages: deque[str] = deque()
+        self._sending: dict[int, _Sending] = {}
+        self._ready: OrderedDict[int, None] = OrderedDict()
+        self._wake = asyncio.Event()
+
+    def put(self, message: protocol.Message) -> None:
+        """Queue a control message; messages keep their order."""
+        self._messages.append(protocol.encode(message))
+        self._wake.set()
+
+    def open(self, transfer: int, source: Source, offset: int, end: int) -> None:
+        """Start to send a transfer at ``offset`` (the receiver has what is before), up to ``end``."""
+        self._sending[transfer] = _Sending(source, offset, offset, end)
+        self._mark_ready(transfer)
+
+    def acknowledge(self, transfer: int, offset: int) -> None:
+        """Note how far the receiver has the transfer; a late or repeated one does no harm."""
+        sending = self._sending.get(transfer)
+        if sending is None:
+            return
+        if not 0 <= offset <= sending.end:
+            raise protocol.ProtocolError(f"acknowledged {offset} of {sending.end} bytes")
+        sending.acknowledged = max(sending.acknowledged, offset)
+        # A receiver may already have more than we knew of: do not send that again.
+        sending.offset = max(sending.offset, offset)
+        if sending.acknowledged == sending.end:
+            self.close(transfer)
+        else:
+            self._mark_ready(transfer)
+
+    def close(self, transfer: int) -> None:
+        """Forget a transfer, finished or not."""
+        self._sending.pop(transfer, None)
+        self._ready.pop(transfer, None)
+
+    async def run(self, socket: Socket) -> None:
+        """Send for as long as the connection lives; raises what the socket or a source raises."""
+        while True:
+            while self._messages:
+                await socket.send_str(self._messages.popleft())
+            if self._ready:
+                await self._send_one_frame(socket)
+                continue
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def flush(self, socket: Socket) -> None:
+        """Send the queued control messages, for an end that is about to close."""
+        while self._messages:
+            await socket.send_str(self._messages.popleft())
+
+    def _mark_ready(self, transfer: int) -> None:
+        if self._sending[transfer].may_send():
+            self._ready[transfer] = None
+            self._wake.set()
+
+    async def _send_one_frame(self, socket: Socket) -> None:
+        transfer, _ = self._ready.popitem(last=False)
+        sending = self._sending[transfer]
+        offset = sending.offset
+        data = await sending.source(offset)
+        if self._sending.get(transfer) is not sending:
+            return  # closed or replaced while its source was read
+        sending.offset = max(sending.offset, offset + len(data))
+        self._mark_ready(transfer)
+        await socket.send_bytes(protocol.encode_frame(transfer, offset, data))

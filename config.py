@@ -1,0 +1,232 @@
+"""Settings: defaults < TOML file < environment < command line, validated once.
+
+The same names everywhere: ``PORT`` in the environment is ``PORT`` in the TOML file
+and ``--port`` on the command line. A service exists when any of its
+``SERVICE_<NAME>_RUNS_PER_USER``, ``_MAX_RUNS`` or ``_TIMEOUT`` is set; the TOML file
+may also use tables, ``[services.NAME]``, which allow any name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+VERSION = "0.1.0"
+
+AGENT_TOKEN_VARIABLE = "ORCHESTRATOR_AGENT_TOKEN"
+
+MAX_UPLOAD_BYTES = 400 * 1024 * 1024
+"""The largest request body of POST /upload (the API contract's 400 MB, read as MiB)."""
+
+_SERVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SERVICE_KEY = re.compile(r"SERVICE_(?P<name>.+)_(?P<limit>RUNS_PER_USER|MAX_RUNS|TIMEOUT)")
+_AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ConfigError(Exception):
+    """A setting is missing, unknown or has a value that can't be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """Quotas of one service; ``timeout`` is in seconds, None for no limit."""
+
+    runs_per_user: int = 5
+    max_runs: int = 10
+    timeout: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that the server can be told. Durations are in seconds.
+
+    ``max_age``: how long files of a final job are kept. ``lease``: how long an agent
+    may be away before its jobs go to another. ``max_attempts``: how often a job may
+    be started. ``kill_grace``: time between SIGTERM and SIGKILL for a job's processes.
+    ``slots``: slots of the embedded agent. ``allowed_hosts``: further names under
+    which browsers and clients may address the server.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 5000
+    db_path: str = "orchestrator.db"
+    max_age: int = 10 * 24 * 3600
+    lease: float = 60.0
+    max_attempts: int = 3
+    kill_grace: float = 5.0
+    slots: int = field(default_factory=lambda: os.cpu_count() or 1)
+    allowed_hosts: tuple[str, ...] = ()
+    agent_token: str | None = field(default=None, repr=False)
+    services: Mapping[str, ServiceLimits] = field(
+        default_factory=lambda: MappingProxyType({"example": ServiceLimits()})
+    )
+
+
+def _integer(low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[object], float]:
+    def parse(value: object) -> float:
+        if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+            raise ValueError("must be a number of seconds")
+        number = float(value)
+        if not low <= number <= high:
+            raise ValueError(f"must be from {low:g} to {high:g} seconds")
+        return number
+
+    return parse
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ValueError("must be a text that is not empty")
+    return value
+
+
+def _token(value: object) -> str:
+    token = _text(value)
+    if len(token) < 16 or not token.isascii() or " " in token:
+        raise ValueError("must be at least 16 ASCII characters without spaces")
+    return token
+
+
+def _names(value: object) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("must be names, separated by commas")
+    return tuple(part.strip().lower() for part in parts if part.strip())
+
+
+_TEN_YEARS = 10 * 366 * 24 * 3600
+_COUNT = _integer(1, 1_000_000)
+
+_SETTINGS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
+    "HOST": ("host", _text),
+    "PORT": ("port", _integer(0, 65535)),
+    "DB_PATH": ("db_path", _text),
+    "MAX_AGE": ("max_age", _integer(1, _TEN_YEARS)),
+    "LEASE": ("lease", _seconds(1, 7 * 24 * 3600)),
+    "MAX_ATTEMPTS": ("max_attempts", _integer(1, 1000)),
+    "KILL_GRACE": ("kill_grace", _seconds(0, 3600)),
+    "SLOTS": ("slots", _integer(1, 4096)),
+    "ALLOWED_HOSTS": ("allowed_hosts", _names),
+    AGENT_TOKEN_VARIABLE: ("agent_token", _token),
+}
+
+_LIMITS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
+    "RUNS_PER_USER": ("runs_per_user", _COUNT),
+    "MAX_RUNS": ("max_runs", _COUNT),
+    "TIMEOUT": ("timeout", _integer(1, _TEN_YEARS)),
+}
+
+
+def load(
+    environment: Mapping[str, str],
+    arguments: Mapping[str, object],
+    config_file: Path | None = None,
+) -> Settings:
+    """Put the settings together; ``arguments`` holds what the command line set, by setting name.
+
+    Raises :class:`ConfigError` that names the place and the setting.
+    """
+    layers: list[tuple[str, Mapping[str, object]]] = []
+    if config_file is not None:
+        layers.append((str(config_file), _read_toml(config_file)))
+    known = {name: value for name, value in environment.items() if _is_setting(name)}
+    layers.append(("environment", known))
+    layers.append(("command line", arguments))
+
+    values: dict[str, Any] = {}
+    services: dict[str, ServiceLimits] = {"example": ServiceLimits()}
+    for place, layer in layers:
+        for name, value in layer.items():
+            _apply(place, name, value, values, services)
+    return Settings(**values, services=MappingProxyType(services))
+
+
+def checked_agent_name(name: str) -> str:
+    """Return ``name`` if agents may be called so; raises :class:`ConfigError`."""
+    if not _AGENT_NAME.fullmatch(name):
+        raise ConfigError(f"agent name {name!r}: use letters, digits, dot, dash and underscore")
+    return name
+
+
+def checked_token(token: str) -> str:
+    """Return ``token`` without surrounding white space if it is one; raises :class:`ConfigError`."""
+    try:
+        return _token(token.strip())
+    except ValueError as error:
+        raise ConfigError(f"agent token {error}") from None
+
+
+def _is_setting(name: str) -> bool:
+    return name in _SETTINGS or _SERVICE_KEY.fullmatch(name) is not None
+
+
+def _read_toml(path: Path) -> Mapping[str, object]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    services = document.pop("services", {})
+    if not isinstance(services, dict):
+        raise ConfigError(f"{path}: services must be a table")
+    layer: dict[str, object] = {name.upper(): value for name, value in document.items()}
+    for service, limits in services.items():
+        if not isinstance(limits, dict):
+            raise ConfigError(f"{path}: services.{service} must be a table")
+        layer[f"services.{service}"] = limits
+    return layer
+
+
+def _apply(
+    place: str,
+    name: str,
+    value: object,
+    values: dict[str, Any],
+    services: dict[str, ServiceLimits],
+) -> None:
+    try:
+        if name.startswith("services.") and isinstance(value, dict):
+            service = name.removeprefix("services.")
+            _define(services, service, {key.upper(): limit for key, limit in value.items()})
+        elif name in _SETTINGS:
+            attribute, parse = _SETTINGS[name]
+            values[attribute] = parse(value)
+        elif match := _SERVICE_KEY.fullmatch(name):
+            _define(services, match["name"].lower(), {match["limit"]: value})
+        else:
+            raise ValueError("unknown setting")
+    except ValueError as error:
+        raise ConfigError(f"{place}: {name}: {error}") from None
+
+
+def _define(
+    services: dict[str, ServiceLimits], service: str, limits: Mapping[str, object]
+) -> None:
+    if not _SERVICE_NAME.fullmatch(service):
+        raise ValueError("a service name has letters, digits, dot, dash and underscore")
+    changes: dict[str, Any] = {}
+    for name, value in limits.items():
+        if name not in _LIMITS:
+            raise ValueError(f"unknown limit {name}")
+        attribute, parse = _LIMITS[name]
+        changes[attribute] = parse(value)
+    services[service] = dataclasses.replace(services.get(service, ServiceLimits()), **changes)

@@ -1,0 +1,822 @@
+"""Who runs what when: fair queue, quotas, leases; the server's end of the agent channel.
+
+:class:`FairQueue` is the policy, pure and synchronous. :class:`Dispatcher` applies it
+whenever something happened (an upload, an agent, a freed slot) and owns the leases.
+An :class:`_Session` is one connection of one agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import config
+import protocol
+from channel import Outbox, Socket
+from config import ServiceLimits, Settings
+from protocol import ProtocolError, Stream
+from store import (
+    ActiveJob,
+    Assignment,
+    IllegalTransition,
+    QueuedJob,
+    ResultMismatch,
+    Store,
+    StoredFile,
+    StoreFull,
+    StoreUnavailable,
+    Superseded,
+)
+
+log = logging.getLogger("orchestrator.dispatch")
+
+T = TypeVar("T")
+
+_HELLO_SECONDS = 10.0
+_PROBE_SECONDS = 2.0
+_CLOSE_SECONDS = 2.0
+_STORE_RETRY_SECONDS = 1.0
+_SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals is dead
+
+
+# --- policy -----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _UserQueue:
+    """Jobs of one user for one service, by priority, then first come first served."""
+
+    waiting: list[tuple[int, int, QueuedJob]] = field(default_factory=list)
+    active: int = 0
+
+
+@dataclass(slots=True)
+class _ServiceQueue:
+    limits: ServiceLimits
+    users: dict[int, _UserQueue] = field(default_factory=dict)
+    turns: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    active: int = 0
+
+    def may_run(self) -> bool:
+        return bool(self.turns) and self.active < self.limits.max_runs
+
+    def update_turn(self, user_id: int) -> None:
+        """Give the user a place in the rotation if a job of theirs could run, else none."""
+        user = self.users[user_id]
+        if user.waiting and user.active < self.limits.runs_per_user:
+            self.turns.setdefault(user_id)
+        else:
+            self.turns.pop(user_id, None)
+        if not user.waiting and not user.active:
+            del self.users[user_id]
+
+
+class FairQueue:
+    """The scheduling policy: who is next.
+
+    Users of a service take turns, and so do services; within a user the highest
+    priority goes first, then the lowest job id, so that a job that was queued again
+    keeps its place. Every operation costs O(log n) of one user's queue at most.
+    """
+
+    def __init__(self, limits: Mapping[str, ServiceLimits]) -> None:
+        self._limits = limits
+        self._services: OrderedDict[str, _ServiceQueue] = OrderedDict()
+
+    def add(self, job: QueuedJob) -> None:
+        """Put a job in line."""
+        service, user = self._user(job)
+        heapq.heappush(user.waiting, (-job.priority, job.id, job))
+        service.update_turn(job.user_id)
+
+    def next_for(self, offered: Collection[str] | None) -> QueuedJob | None:
+        """Take the next job of the services ``offered`` (None: all); it counts as active.
+
+        Returns None when no job may run now.
+        """
+        for name, service in self._services.items():
+            if service.may_run() and (offered is None or name in offered):
+                self._services.move_to_end(name)
+                return self._take(service)
+        return None
+
+    def count_active(self, job: QueuedJob) -> None:
+        """Count a job as active that did not come from :meth:`next_for` (after a restart)."""
+        service, user = self._user(job)
+        user.active += 1
+        service.active += 1
+        service.update_turn(job.user_id)
+
+    def release(self, job: QueuedJob) -> None:
+        """An active job is active no more."""
+        service, user = self._user(job)
+        user.active -= 1
+        service.active -= 1
+        service.update_turn(job.user_id)
+
+    def _take(self, service: _ServiceQueue) -> QueuedJob:
+        user_id, _ = service.turns.popitem(last=False)
+        user = service.users[user_id]
+        _, _, job = heapq.heappop(user.waiting)
+        user.active += 1
+        service.active += 1
+        service.update_turn(user_id)
+        return job
+
+    def _user(self, job: QueuedJob) -> tuple[_ServiceQueue, _UserQueue]:
+        service = self._services.get(job.service)
+        if service is None:
+            # a job of a service that is configured no more waits, it is not lost
+            limits = self._limits.get(job.service, ServiceLimits())
+            service = self._services[job.service] = _ServiceQueue(limits)
+        return service, service.users.setdefault(job.user_id, _UserQueue())
+
+
+# --- agents and leases ------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """An attempt that an agent holds, as far as the server knows."""
+
+    job: QueuedJob
+    id: int
+    number: int
+
+
+@dataclass(slots=True)
+class _Agent:
+    """An agent, connected or away. Away, it keeps its attempts until the lease runs out."""
+
+    id: str
+    name: str
+    slots: int = 0
+    services: frozenset[str] | None = None
+    session: _Session | None = None
+    reserved: int = 0
+    attempts: dict[int, _Attempt] = field(default_factory=dict)
+    lease: asyncio.TimerHandle | None = None
+
+    def free_slots(self) -> int:
+        if self.session is None or not self.session.is_welcomed:
+            return 0
+        return self.slots - self.reserved - len(self.attempts)
+
+    def load(self) -> float:
+        return (self.reserved + len(self.attempts)) / self.slots
+
+    def offers(self, service: str) -> bool:
+        return self.services is None or service in self.services
+
+
+class AgentSocket(Socket, Protocol):
+    """What a session needs of the agent's WebSocket (aiohttp's server side has it)."""
+
+    async def close(self, *, code: int = ..., message: bytes = ...) -> bool:
+        """Say good-bye; bounded in time by the implementation."""
+
+    def frames(self) -> AsyncIterator[str | bytes]:
+        """Iterate over what arrives; ends when the connection does."""
+
+
+class Dispatcher:
+    """Gives queued jobs to agents. Run :meth:`run` beside the API."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self._queue = FairQueue(settings.services)
+        self._agents: dict[str, _Agent] = {}
+        self._wake = asyncio.Event()
+        self._sessions: set[_Session] = set()
+        self._tasks: asyncio.TaskGroup
+        self._is_loaded = asyncio.Event()
+
+    async def run(self) -> None:
+        """Load the state, then schedule at every event; ends by cancellation only."""
+        await self._load()
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            self._is_loaded.set()
+            while True:
+                self._wake.clear()
+                self._schedule()
+                await self._wake.wait()
+
+    async def close(self) -> None:
+        """Tell all agents that the server goes away; they keep their jobs and come back."""
+        sessions = list(self._sessions)
+        await asyncio.gather(*(session.close("server is stopping") for session in sessions))
+
+    def enqueue(self, job: QueuedJob) -> None:
+        """Put a committed job in line."""
+        if self._is_loaded.is_set():  # before that, loading finds it in the store
+            self._queue.add(job)
+            self._wake.set()
+
+    async def serve_agent(self, socket: AgentSocket, address: str) -> None:
+        """Talk to one agent until its connection ends."""
+        await self._is_loaded.wait()
+        session = _Session(self, socket, address)
+        self._sessions.add(session)
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+    # --- scheduling
+
+    async def _load(self) -> None:
+        for active in await self.store.active_jobs():
+            self._queue.count_active(active.job)
+            agent = self._agents.setdefault(
+                active.agent_id, _Agent(active.agent_id, active.agent_name)
+            )
+            agent.attempts[active.attempt_id] = _attempt_of(active)
+        for job in await self.store.queued_jobs():
+            self._queue.add(job)
+        for agent in self._agents.values():
+            self._start_lease(agent)
+        log.info("event=dispatcher_ready agents_awaited=%d", len(self._agents))
+
+    def _schedule(self) -> None:
+        while (offered := self._offered()) != frozenset():
+            job = self._queue.next_for(offered)
+            if job is None:
+                return
+            agent = min(
+                (a for a in self._agents.values() if a.free_slots() > 0 and a.offers(job.service)),
+                key=_Agent.load,
+            )
+            agent.reserved += 1
+            self._tasks.create_task(self._assign(job, agent), name=f"assign job {job.id}")
+
+    def _offered(self) -> frozenset[str] | None:
+        """Return the services that agents with a free slot offer; None for all."""
+        free = [agent for agent in self._agents.values() if agent.free_slots() > 0]
+        offered: set[str] = set()
+        for agent in free:
+            if agent.services is None:
+                return None
+            offered |= agent.services
+        return frozenset(offered)
+
+    async def _assign(self, job: QueuedJob, agent: _Agent) -> None:
+        try:
+            assignment = await self.store.begin_attempt(job.id, agent.id, f"to agent {agent.name}")
+        except (StoreFull, StoreUnavailable) as error:
+            log.warning("event=assign_failed job=%d error=%r", job.id, str(error))
+            await asyncio.sleep(_STORE_RETRY_SECONDS)
+            self._queue.release(job)
+            self._queue.add(job)
+            return
+        finally:
+            agent.reserved -= 1
+            self._wake.set()
+        attempt = _Attempt(job, assignment.attempt_id, assignment.number)
+        agent.attempts[attempt.id] = attempt
+        log.info(
+            "event=assigned job=%d attempt=%d number=%d agent=%s",
+            job.id,
+            attempt.id,
+            attempt.number,
+            agent.name,
+        )
+        if agent.session is None:
+            if agent.lease is None:
+                self._start_lease(agent)
+        elif agent.session.is_welcomed:
+            agent.session.assign(attempt, assignment)
+        # else: the welcome finds that the agent does not hold it, and gives it back
+
+    async def durably(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a write of the store until there is room for it; other errors pass."""
+        while True:
+            try:
+                return await write()
+            except (StoreFull, StoreUnavailable) as error:
+                log.warning(
+                    "event=store_failed error=%r retry_s=%g", str(error), _STORE_RETRY_SECONDS
+                )
+                await asyncio.sleep(_STORE_RETRY_SECONDS)
+
+    # --- what sessions report
+
+    async def admit(self, session: _Session, hello: protocol.Hello) -> _Agent | protocol.Refused:
+        """Take an agent in, or say why not. Its lease stops while it is connected."""
+        if refusal := self._refusal(hello):
+            return refusal
+        agent = self._agents.setdefault(hello.agent_id, _Agent(hello.agent_id, hello.name))
+        while agent.session is not None:
+            present = agent.session
+            if present.instance != hello.instance and await present.is_alive():
+                return protocol.Refused(
+                    f"an agent with this identity is connected already, from {present.address}",
+                    retry=True,
+                )
+            await present.close("replaced by a newer connection")
+            if agent.session is present:
+                self.detach(present, agent)
+        agent.session = session
+        agent.name = hello.name
+        agent.slots = hello.slots
+        agent.services = None if hello.services is None else frozenset(hello.services)
+        if agent.lease is not None:
+            agent.lease.cancel()
+            agent.lease = None
+        await self.durably(lambda: self.store.note_agent(agent.id, agent.name))
+        return agent
+
+    def _refusal(self, hello: protocol.Hello) -> protocol.Refused | None:
+        if hello.protocol != protocol.PROTOCOL_VERSION:
+            return protocol.Refused(
+                f"agent speaks protocol {hello.protocol}, server {protocol.PROTOCOL_VERSION}:"
+                " install the same version on both",
+                retry=False,
+            )
+        try:
+            config.checked_agent_name(hello.name)
+        except config.ConfigError as error:
+            return protocol.Refused(str(error), retry=False)
+        if not 1 <= hello.slots <= 4096 or not 1 <= len(hello.agent_id) <= 64:
+            return protocol.Refused("slots or agent id out of range", retry=False)
+        return None
+
+    def detach(self, session: _Session, agent: _Agent) -> None:
+        """A connection ended: the agent's lease begins to run."""
+        if agent.session is not session:
+            return
+        agent.session = None
+        if agent.attempts:
+            self._start_lease(agent)
+        elif not agent.reserved:
+            del self._agents[agent.id]
+
+    def ready(self) -> None:
+        """An agent with free slots may be there."""
+        self._wake.set()
+
+    def forget(self, agent: _Agent, attempt: _Attempt) -> None:
+        """An attempt ended for good: free its slot and its place in the quotas."""
+        if agent.attempts.pop(attempt.id, None) is not None:
+            self._queue.release(attempt.job)
+            self._wake.set()
+
+    async def give_back(self, agent: _Agent, attempt: _Attempt, reason: str) -> None:
+        """An attempt was lost: queue its job again, unless it was the last allowed try."""
+        try:
+            state = await self.durably(
+                lambda: self.store.requeue(attempt.id, reason, self.settings.max_attempts)
+            )
+        except Superseded:
+            self.forget(agent, attempt)
+            return
+        log.warning(
+            "event=attempt_lost job=%d attempt=%d agent=%s state=%s reason=%r",
+            attempt.job.id,
+            attempt.id,
+            agent.name,
+            state,
+            reason,
+        )
+        if agent.attempts.pop(attempt.id, None) is None:
+            return
+        self._queue.release(attempt.job)
+        if state is protocol.JobState.QUEUED:
+            self._queue.add(attempt.job)
+        self._wake.set()
+
+    # --- leases
+
+    def _start_lease(self, agent: _Agent) -> None:
+        loop = asyncio.get_running_loop()
+        agent.lease = loop.call_later(self.settings.lease, self._on_lease_end, agent)
+
+    def _on_lease_end(self, agent: _Agent) -> None:
+        agent.lease = None
+        self._tasks.create_task(self._end_lease(agent), name=f"end lease of {agent.name}")
+
+    async def _end_lease(self, agent: _Agent) -> None:
+        log.warning("event=lease_ended agent=%s attempts=%d", agent.name, len(agent.attempts))
+        reason = f"agent {agent.name} was away for more than {self.settings.lease:g} s"
+        for attempt in list(agent.attempts.values()):
+            if agent.session is not None:
+                return  # it came back while the attempts before were given back
+            await self.give_back(agent, attempt, reason)
+        if agent.session is None and not agent.attempts and not agent.reserved:
+            self._agents.pop(agent.id, None)
+
+
+def _attempt_of(active: ActiveJob) -> _Attempt:
+    return _Attempt(active.job, active.attempt_id, active.number)
+
+
+# --- one connection ---------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """A result that arrives: what was announced, and how far it is safe."""
+
+    report: protocol.Finished
+    digest: Any
+    offset: int
+
+
+class _Session:
+    """One connection of one agent: its outbox, and one task for each attempt it reports on."""
+
+    def __init__(self, dispatcher: Dispatcher, socket: AgentSocket, address: str) -> None:
+        self.address = address
+        self.instance = ""
+        self.is_welcomed = False
+        self._dispatcher = dispatcher
+        self._store = dispatcher.store
+        self._socket = socket
+        self._outbox = Outbox()
+        self._agent: _Agent
+        self._inboxes: dict[int, asyncio.Queue[protocol.AttemptReport | protocol.Frame]] = {}
+        self._inbox_bytes: dict[int, int] = {}
+        self._tasks: asyncio.TaskGroup
+        self._heard = asyncio.Event()
+        self._heard_at = 0.0
+        self._frames = socket.frames()
+
+    async def run(self) -> None:
+        """Serve the connection to its end; a peer's error ends it with a reason."""
+        try:
+            await self._serve()
+        except* (ProtocolError, IllegalTransition, ResultMismatch) as group:
+            error = group.exceptions[0]
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            log.warning("event=agent_error address=%s error=%r", self.address, str(error))
+            await self.close(str(error), code=1002)
+        except* (ConnectionError, _ConnectionEnded):
+            log.debug("event=connection_lost address=%s", self.address)
+
+    async def is_alive(self) -> bool:
+        """Ask the agent for a sign of life and wait for it, a moment only."""
+        self._heard.clear()
+        self._outbox.put(protocol.Heartbeat())
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._heard.wait(), _PROBE_SECONDS)
+        return self._heard.is_set()
+
+    async def close(self, reason: str, code: int = 1001) -> None:
+        """End the connection; bounded, also when the peer is gone."""
+        # RFC 6455, 5.5: the reason of a close frame has at most 123 bytes
+        message = reason.encode()[:120].decode(errors="ignore").encode()
+        with suppress(TimeoutError, ConnectionError):
+            await asyncio.wait_for(self._socket.close(code=code, message=message), _CLOSE_SECONDS)
+
+    def assign(self, attempt: _Attempt, assignment: Assignment) -> None:
+        """Send a new attempt and its input."""
+        settings = self._dispatcher.settings
+        limits = settings.services.get(attempt.job.service, ServiceLimits())
+        self._outbox.put(
+            protocol.Assign(
+                job_id=attempt.job.id,
+                attempt_id=attempt.id,
+                number=attempt.number,
+                user_id=attempt.job.user_id,
+                service=attempt.job.service,
+                timeout_seconds=limits.timeout,
+                grace_seconds=settings.kill_grace,
+                files=tuple(file.spec for file in assignment.files),
+            )
+        )
+        self._send_input(attempt.id, assignment.files, 0)
+
+    # --- life of the connection
+
+    async def _serve(self) -> None:
+        hello = await self._receive_hello()
+        answer = await self._dispatcher.admit(self, hello)
+        if isinstance(answer, protocol.Refused):
+            log.warning("event=agent_refused address=%s reason=%r", self.address, answer.reason)
+            self._outbox.put(answer)
+            await self._outbox.flush(self._socket)
+            await self.close(answer.reason, code=1008)
+            return
+        self._agent = answer
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._welcome(hello)
+                tasks.create_task(self._outbox.run(self._socket), name="outbox")
+                tasks.create_task(self._watch_silence(), name="watch silence")
+                self._dispatcher.ready()
+                await self._receive()
+                raise _ConnectionEnded
+        finally:
+            log.info("event=agent_disconnected agent=%s", self._agent.name)
+            self._dispatcher.detach(self, self._agent)
+
+    async def _receive_hello(self) -> protocol.Hello:
+        try:
+            frame = await asyncio.wait_for(anext(self._frames), _HELLO_SECONDS)
+        except (TimeoutError, StopAsyncIteration):
+            raise ProtocolError("no hello") from None
+        hello = protocol.decode(frame) if isinstance(frame, str) else None
+        if not isinstance(hello, protocol.Hello):
+            raise ProtocolError("the first message must be a hello")
+        self.instance = hello.instance
+        self._note_heard()
+        return hello
+
+    async def _welcome(self, hello: protocol.Hello) -> None:
+        """Compare what the agent holds with what it should hold, and act on the difference."""
+        agent, settings = self._agent, self._dispatcher.settings
+        log.info(
+            "event=agent_connected agent=%s id=%s address=%s slots=%d attempts=%d",
+            agent.name,
+            agent.id,
+            self.address,
+            agent.slots,
+            len(hello.attempts),
+        )
+        wanted = [held for held in hello.attempts if held.attempt_id in agent.attempts]
+        keep = [
+            protocol.KeptAttempt(held.attempt_id, await self._store.result_size(held.attempt_id))
+            for held in wanted
+        ]
+        self._outbox.put(
+            protocol.Welcome(
+                protocol=protocol.PROTOCOL_VERSION,
+                version=config.VERSION,
+                lease_seconds=settings.lease,
+                heartbeat_seconds=_heartbeat_seconds(settings),
+                keep=tuple(keep),
+            )
+        )
+        # from here on, what is assigned goes straight to the agent
+        self.is_welcomed = True
+        present = {held.attempt_id for held in hello.attempts}
+        missing = [attempt for attempt in agent.attempts.values() if attempt.id not in present]
+        for held in wanted:
+            if held.phase is protocol.AttemptPhase.RECEIVING:
+                files = await self._store.input_files(held.attempt_id)
+                self._send_input(held.attempt_id, files, held.input_offset)
+        for attempt in missing:
+            reason = f"agent {agent.name} does not have the job any more"
+            await self._dispatcher.give_back(agent, attempt, reason)
+
+    async def _receive(self) -> None:
+        async for frame in self._frames:
+            self._note_heard()
+            if isinstance(frame, bytes):
+                self._take_frame(protocol.decode_frame(frame))
+            else:
+                self._take_message(protocol.decode(frame))
+
+    def _note_heard(self) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        self._heard.set()
+
+    async def _watch_silence(self) -> None:
+        """End a half-open connection: nothing came for some heartbeats."""
+        limit = _SILENT_HEARTBEATS * _heartbeat_seconds(self._dispatcher.settings)
+        loop = asyncio.get_running_loop()
+        while (left := self._heard_at + limit - loop.time()) > 0:
+            await asyncio.sleep(left)
+        log.warning("event=agent_silent agent=%s seconds=%g", self._agent.name, limit)
+        raise _ConnectionEnded
+
+    # --- messages
+
+    def _take_message(self, message: protocol.Message | protocol.UnknownMessage) -> None:
+        match message:
+            case protocol.Heartbeat():
+                self._outbox.put(protocol.Heartbeat())
+            case protocol.Acknowledge():
+                self._outbox.acknowledge(message.transfer, message.offset)
+            case (
+                protocol.Accepted()
+                | protocol.Started()
+                | protocol.Finished()
+                | protocol.Rejected()
+                | protocol.Lost()
+            ):
+                self._inbox(message.attempt_id).put_nowait(message)
+            case protocol.UnknownMessage():
+                log.info("event=unknown_message agent=%s type=%s", self._agent.name, message.type)
+            case _:
+                raise ProtocolError(f"an agent does not send {type(message).__name__}")
+
+    def _take_frame(self, frame: protocol.Frame) -> None:
+        attempt_id, stream = protocol.transfer_parts(frame.transfer)
+        if stream is not Stream.RESULT:
+            raise ProtocolError(f"an agent does not send {stream.name}")
+        waiting = self._inbox_bytes.get(attempt_id, 0) + len(frame.data)
+        if waiting > protocol.WINDOW_BYTES + protocol.CHUNK_BYTES:
+            raise ProtocolError(f"attempt {attempt_id}: sent more than the window allows")
+        self._inbox(attempt_id).put_nowait(frame)
+        self._inbox_bytes[attempt_id] = waiting
+
+    def _inbox(self, attempt_id: int) -> asyncio.Queue[protocol.AttemptReport | protocol.Frame]:
+        inbox = self._inboxes.get(attempt_id)
+        if inbox is None:
+            attempt = self._agent.attempts.get(attempt_id)
+            inbox = self._inboxes[attempt_id] = asyncio.Queue()
+            serve = (
+                self._serve_unknown(attempt_id, inbox)
+                if attempt is None
+                else self._serve_attempt(attempt, inbox)
+            )
+            self._tasks.create_task(serve, name=f"attempt {attempt_id}")
+        return inbox
+
+    async def _serve_unknown(
+        self, attempt_id: int, inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame]
+    ) -> None:
+        """Answer for an attempt that is not (any more) this agent's."""
+        item = await inbox.get()
+        try:
+            if isinstance(item, protocol.Finished):
+                # a repeated report of a result that is stored already does no harm
+                await self._dispatcher.durably(lambda: self._store.finish(item, 0, ()))
+                self._outbox.put(protocol.Stored(attempt_id))
+            else:
+                self._outbox.put(protocol.Drop(attempt_id, "superseded"))
+        except (Superseded, ResultMismatch):
+            self._outbox.put(protocol.Drop(attempt_id, "superseded"))
+        finally:
+            self._close_inbox(attempt_id)
+
+    async def _serve_attempt(
+        self,
+        attempt: _Attempt,
+        inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame],
+    ) -> None:
+        """Carry out what the agent reports on one attempt, in order, until it has ended."""
+        try:
+            await self._carry_out_reports(attempt, inbox)
+        except Superseded:
+            self._outbox.put(protocol.Drop(attempt.id, "superseded"))
+            self._dispatcher.forget(self._agent, attempt)
+        finally:
+            self._close_inbox(attempt.id)
+
+    async def _carry_out_reports(
+        self,
+        attempt: _Attempt,
+        inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame],
+    ) -> None:
+        incoming: _Incoming | None = None
+        while True:
+            item = await inbox.get()
+            match item:
+                case protocol.Accepted():
+                    self._outbox.close(protocol.transfer_id(attempt.id, Stream.INPUT))
+                    await self._advance(attempt, protocol.JobState.SUBMITTED, "input received")
+                case protocol.Started():
+                    await self._advance(attempt, protocol.JobState.RUNNING, "process started")
+                case protocol.Finished():
+                    incoming = await self._begin_result(item)
+                    if incoming.offset == item.result_size:
+                        # stored before, but the agent did not hear of it
+                        await self._finish(attempt, incoming, incoming.offset, [])
+                        return
+                case protocol.Frame():
+                    if incoming is None:
+                        raise ProtocolError(f"attempt {attempt.id}: bytes before Finished")
+                    if await self._take_result(attempt, incoming, item, inbox):
+                        return
+                case protocol.Lost():
+                    reason = f"agent {self._agent.name} lost it: {item.reason}"
+                    await self._dispatcher.give_back(self._agent, attempt, reason)
+                    self._outbox.put(protocol.Drop(attempt.id, "lost"))
+                    return
+                case protocol.Rejected():
+                    store, reason = self._store, item.reason
+                    await self._dispatcher.durably(lambda: store.reject(attempt.id, reason))
+                    self._outbox.put(protocol.Drop(attempt.id, "rejected"))
+                    self._end(attempt, protocol.JobState.INVALID)
+                    return
+
+    def _close_inbox(self, attempt_id: int) -> None:
+        self._outbox.close(protocol.transfer_id(attempt_id, Stream.INPUT))
+        self._inboxes.pop(attempt_id, None)
+        self._inbox_bytes.pop(attempt_id, None)
+
+    async def _advance(self, attempt: _Attempt, state: protocol.JobState, reason: str) -> None:
+        await self._dispatcher.durably(lambda: self._store.advance(attempt.id, state, reason))
+        log.info(
+            "event=state job=%d attempt=%d agent=%s state=%s",
+            attempt.job.id,
+            attempt.id,
+            self._agent.name,
+            state,
+        )
+
+    def _end(self, attempt: _Attempt, state: protocol.JobState) -> None:
+        self._dispatcher.forget(self._agent, attempt)
+        log.info(
+            "event=ended job=%d attempt=%d agent=%s state=%s",
+            attempt.job.id,
+            attempt.id,
+            self._agent.name,
+            state,
+        )
+
+    # --- input out, result in
+
+    def _send_input(self, attempt_id: int, files: tuple[StoredFile, ...], offset: int) -> None:
+        size = sum(file.spec.size for file in files)
+        if not 0 <= offset <= size:
+            raise ProtocolError(f"attempt {attempt_id}: has {offset} of {size} input bytes")
+
+        async def source(position: int) -> bytes:
+            return await self._store.read_files(files, position)
+
+        if offset < size:
+            self._outbox.open(
+                protocol.transfer_id(attempt_id, Stream.INPUT), source, offset, size
+            )
+
+    async def _begin_result(self, report: protocol.Finished) -> _Incoming:
+        if report.state not in protocol.FINAL_STATES:
+            raise ProtocolError(f"attempt {report.attempt_id}: finished as {report.state}")
+        if report.result_size < 1:
+            raise ProtocolError(f"attempt {report.attempt_id}: a result of no bytes")
+        offset = await self._store.result_size(report.attempt_id)
+        if offset > report.result_size or offset % protocol.CHUNK_BYTES:
+            await self._dispatcher.durably(lambda: self._store.discard_result(report.attempt_id))
+            offset = 0
+        digest = await self._store.result_digest(report.attempt_id, offset)
+        return _Incoming(report, digest, offset)
+
+    async def _take_result(
+        self,
+        attempt: _Attempt,
+        incoming: _Incoming,
+        first: protocol.Frame,
+        inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame],
+    ) -> bool:
+        """Store the frames that are there; returns whether the result is whole and stored."""
+        start = incoming.offset
+        chunks: list[bytes] = []
+        frame: protocol.Frame = first
+        while True:
+            self._inbox_bytes[attempt.id] -= len(frame.data)
+            _append_frame(incoming, frame, chunks)
+            if inbox.empty():
+                break
+            item = inbox.get_nowait()
+            if not isinstance(item, protocol.Frame):
+                raise ProtocolError(f"attempt {attempt.id}: {type(item).__name__} within a result")
+            frame = item
+        if incoming.offset == incoming.report.result_size:
+            await self._finish(attempt, incoming, start, chunks)
+            return True
+        if chunks:
+            await self._dispatcher.durably(
+                lambda: self._store.append_result(attempt.id, start, chunks)
+            )
+        transfer = protocol.transfer_id(attempt.id, Stream.RESULT)
+        self._outbox.put(protocol.Acknowledge(transfer, incoming.offset))
+        return False
+
+    async def _finish(
+        self, attempt: _Attempt, incoming: _Incoming, start: int, tail: list[bytes]
+    ) -> None:
+        report = incoming.report
+        if incoming.digest.hexdigest() != report.result_sha256:
+            await self._dispatcher.durably(lambda: self._store.discard_result(attempt.id))
+            raise ResultMismatch(f"attempt {attempt.id}: the result has another SHA-256")
+        await self._dispatcher.durably(lambda: self._store.finish(report, start, tail))
+        self._outbox.put(protocol.Stored(attempt.id))
+        self._end(attempt, report.state)
+
+
+def _append_frame(incoming: _Incoming, frame: protocol.Frame, chunks: list[bytes]) -> None:
+    """Check that a frame continues the result, and take its bytes; a repeated one is passed over."""
+    if frame.offset < incoming.offset:
+        return
+    left = incoming.report.result_size - frame.offset
+    if frame.offset > incoming.offset or len(frame.data) != min(left, protocol.CHUNK_BYTES):
+        raise ProtocolError(
+            f"attempt {incoming.report.attempt_id}: {len(frame.data)} bytes at {frame.offset},"
+            f" expected offset {incoming.offset}"
+        )
+    chunks.append(frame.data)
+    incoming.digest.update(frame.data)
+    incoming.offset += len(frame.data)
+
+
+def _heartbeat_seconds(settings: Settings) -> float:
+    """Often enough that some may be late within a lease."""
+    return min(10.0, settings.lease / 6)
+
+
+class _ConnectionEnded(Exception):
+    """The connection is over, as connections are; unwinds its tasks."""
+
+

@@ -1,0 +1,1296 @@
+"""Durable state: the only SQL, one SQLite file, group commit, blob streams.
+
+One connection writes. Callers hand it operations and await their own; all that wait
+when the writer comes round go into one transaction, which is synced once. Readers
+have connections of their own and never wait for the writer (WAL).
+
+Bytes live in *blobs*: rows of fixed-size chunks. A blob is ``open`` while it is
+written, ``sealed`` once a job refers to it, ``doomed`` when it waits to be erased
+chunk by chunk. What is open when the server starts was cut short by a crash and is
+doomed, except the partial result of an attempt that may still go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import itertools
+import logging
+import os
+import secrets
+import sqlite3
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import aiosqlite
+
+from protocol import (
+    ACTIVE_STATES,
+    CHUNK_BYTES,
+    FINAL_STATES,
+    TRANSITIONS,
+    FileSpec,
+    Finished,
+    JobState,
+)
+
+log = logging.getLogger("orchestrator.store")
+
+T = TypeVar("T")
+
+APPLICATION_ID = 0x4F524348  # "ORCH", so that another program's file is not taken for ours
+
+_PAGE_BYTES = 8192
+_WAL_LIMIT_BYTES = 64 * 1024 * 1024
+_READERS = 3
+_BATCH_OPERATIONS = 512
+_BATCH_BYTES = 4 * 1024 * 1024  # about 30 ms of writing: short ones never wait longer
+_FLUSH_BYTES = 1024 * 1024
+_ERASE_CHUNKS = 16
+_VACUUM_PAGES = 512
+_CLEAN_JOBS = 100
+_CHUNK_INDEX_BITS = 20  # 2**20 chunks of 256 KiB: blobs up to 256 GiB
+_RETRY_SECONDS = 1.0
+_BUSY_SECONDS = 5.0
+
+# Statements, not a script: sqlite3's executescript() commits before it runs, and a
+# migration must be one transaction.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE setting (
+            name TEXT PRIMARY KEY,
+            value TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE blob (
+            id INTEGER PRIMARY KEY,
+            state TEXT NOT NULL CHECK (state IN ('open', 'sealed', 'doomed')),
+            size INTEGER NOT NULL,
+            sha256 TEXT
+        )""",
+        "CREATE INDEX blob_unsealed ON blob (state, id) WHERE state IN ('open', 'doomed')",
+        # id = blob id * 2**20 + index: one b-tree, in the order in which it is read
+        "CREATE TABLE chunk (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+        """CREATE TABLE agent (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            seen_at REAL NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE job (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            user_id INTEGER NOT NULL,
+            service TEXT NOT NULL,
+            state TEXT NOT NULL,
+            message TEXT NOT NULL,
+            priority INTEGER NOT NULL DEFAULT 0,
+            attempt_id INTEGER REFERENCES attempt (id),
+            attempts INTEGER NOT NULL DEFAULT 0,
+            lost_starts INTEGER NOT NULL DEFAULT 0,
+            created_at REAL NOT NULL,
+            changed_at REAL NOT NULL
+        )""",
+        "CREATE INDEX job_queued ON job (id) WHERE state = 'Queued'",
+        """CREATE INDEX job_active ON job (id)
+            WHERE state IN ('Processing', 'Submitted', 'Running')""",
+        """CREATE INDEX job_final ON job (changed_at)
+            WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')""",
+        """CREATE TABLE input_file (
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            position INTEGER NOT NULL,
+            name TEXT NOT NULL,
+            size INTEGER NOT NULL,
+            sha256 TEXT NOT NULL,
+            blob_id INTEGER REFERENCES blob (id),
+            PRIMARY KEY (job_id, position),
+            UNIQUE (job_id, name)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX input_file_blob ON input_file (blob_id)",
+        """CREATE TABLE attempt (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            number INTEGER NOT NULL,
+            agent_id TEXT NOT NULL REFERENCES agent (id),
+            exit_code INTEGER,
+            result_blob INTEGER REFERENCES blob (id),
+            UNIQUE (job_id, number)
+        )""",
+        "CREATE INDEX attempt_result ON attempt (result_blob) WHERE result_blob IS NOT NULL",
+        """CREATE TABLE history (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            attempt INTEGER NOT NULL,
+            at REAL NOT NULL,
+            from_state TEXT,
+            to_state TEXT NOT NULL,
+            reason TEXT NOT NULL
+        )""",
+        "CREATE INDEX history_job ON history (job_id, id)",
+        """CREATE TRIGGER history_is_not_changed BEFORE UPDATE ON history
+            BEGIN SELECT raise(ABORT, 'history is append-only'); END""",
+        """CREATE TRIGGER history_is_not_deleted BEFORE DELETE ON history
+            BEGIN SELECT raise(ABORT, 'history is append-only'); END""",
+    ),
+)
+
+
+# --- errors -----------------------------------------------------------------------
+
+
+class StoreError(Exception):
+    """The store can't do what was asked; the message is for the person who runs it."""
+
+
+class StoreRefused(StoreError):
+    """This file can't be opened: in use, of a newer version, or not ours."""
+
+
+class StoreFull(StoreError):
+    """No space left for the database to grow."""
+
+
+class StoreUnavailable(StoreError):
+    """The file can't be read or written at the moment (I/O error, permission)."""
+
+
+class Superseded(StoreError):
+    """The attempt is not the current one of its job, or the job has ended without it."""
+
+
+class IllegalTransition(StoreError):
+    """A change of state that the transition table does not allow."""
+
+
+class ResultMismatch(StoreError):
+    """A result's bytes do not have the length or the SHA-256 that the agent announced."""
+
+
+# --- records ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """What a user sees of a job."""
+
+    id: int
+    state: JobState
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """What the scheduler needs to know of a job that waits."""
+
+    id: int
+    user_id: int
+    service: str
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveJob:
+    """A job that an agent holds: the agent, the attempt and how far it is."""
+
+    job: QueuedJob
+    attempt_id: int
+    number: int
+    agent_id: str
+    agent_name: str
+    state: JobState
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One input file of a job and the blob that holds its bytes."""
+
+    spec: FileSpec
+    blob_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A new attempt: its id, its number within the job (fencing token), its input."""
+
+    attempt_id: int
+    number: int
+    files: tuple[StoredFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """A whole result archive; ``size`` in bytes."""
+
+    blob_id: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One line of a job's history; ``at`` in Unix seconds, ``before`` None for the first."""
+
+    job_id: int
+    attempt: int
+    at: float
+    before: JobState | None
+    after: JobState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    id: int
+    state: JobState
+    attempts: int
+    lost_starts: int
+
+
+# --- connections ------------------------------------------------------------------
+
+
+class _Connection(aiosqlite.Connection):
+    """aiosqlite's connection and thread, plus a way to run several statements in one hop."""
+
+    async def call(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        execute: Callable[[Callable[[], T]], Awaitable[T]] = self._execute
+        return await execute(lambda: function(self._conn))
+
+
+async def _connect(path: str) -> _Connection:
+    def connector() -> sqlite3.Connection:
+        # check_same_thread: aiosqlite uses it from its own thread only, but closes it anywhere
+        return sqlite3.connect(
+            path, isolation_level=None, timeout=_BUSY_SECONDS, check_same_thread=False
+        )
+
+    connection = _Connection(connector, iter_chunk_size=64)
+    await connection
+    return connection
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn SQLite's environment errors into ours; programming errors pass as they are."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
+            raise StoreFull("the disk that holds the database is full") from error
+        if code in (
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_READONLY,
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_PERM,
+            sqlite3.SQLITE_BUSY,
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
+        ):
+            raise StoreUnavailable(f"the database can't be used: {error}") from error
+        raise
+
+
+@dataclass(slots=True)
+class _Operation(Generic[T]):
+    function: Callable[[sqlite3.Connection], T]
+    weight: int
+    future: asyncio.Future[T]
+
+
+class _Writer:
+    """Group commit: one thread, one transaction for all operations that wait."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._short: deque[_Operation[Any]] = deque()
+        self._bulk: deque[_Operation[Any]] = deque()
+        self._alone: deque[_Operation[Any]] = deque()
+        self._wake = asyncio.Event()
+
+    async def write(self, function: Callable[[sqlite3.Connection], T], weight: int = 0) -> T:
+        """Run ``function`` in a transaction; returns when it is committed and synced.
+
+        ``weight`` is the number of bytes it writes; operations with a weight keep their
+        order among themselves, and those without one go before them.
+        """
+        return await self._enqueue(self._bulk if weight else self._short, function, weight)
+
+    async def outside_transaction(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``function`` on the writer's connection with no transaction open."""
+        return await self._enqueue(self._alone, function, 0)
+
+    async def run(self) -> None:
+        """Commit for ever; operations that fail fail alone unless the transaction does."""
+        while True:
+            if self._alone:
+                await self._run_alone(self._alone.popleft())
+                continue
+            batch = self._next_batch()
+            if batch:
+                await self._commit(batch)
+                continue
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _enqueue(
+        self,
+        queue: deque[_Operation[Any]],
+        function: Callable[[sqlite3.Connection], T],
+        weight: int,
+    ) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        queue.append(_Operation(function, weight, future))
+        self._wake.set()
+        return future
+
+    def _next_batch(self) -> list[_Operation[Any]]:
+        batch: list[_Operation[Any]] = []
+        budget = _BATCH_BYTES
+        while self._short and len(batch) < _BATCH_OPERATIONS:
+            batch.append(self._short.popleft())
+        while self._bulk and budget > 0 and len(batch) < _BATCH_OPERATIONS:
+            operation = self._bulk.popleft()
+            budget -= operation.weight
+            batch.append(operation)
+        return batch
+
+    async def _run_alone(self, operation: _Operation[Any]) -> None:
+        try:
+            with _translated():
+                result = await self._connection.call(operation.function)
+        except Exception as error:
+            _fail(operation.future, error)
+        else:
+            _fulfil(operation.future, result)
+
+    async def _commit(self, batch: list[_Operation[Any]]) -> None:
+        functions = [operation.function for operation in batch]
+        try:
+            with _translated():
+                outcomes = await self._connection.call(lambda db: _run_batch(db, functions))
+        except Exception as error:
+            for operation in batch:
+                _fail(operation.future, error)
+            return
+        for operation, (result, error_or_none) in zip(batch, outcomes, strict=True):
+            if error_or_none is None:
+                _fulfil(operation.future, result)
+            else:
+                _fail(operation.future, error_or_none)
+
+
+def _fulfil(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():  # its caller may have been cancelled meanwhile
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _run_batch(
+    db: sqlite3.Connection, functions: Sequence[Callable[[sqlite3.Connection], Any]]
+) -> list[tuple[Any, Exception | None]]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        outcomes = [_run_in_savepoint(db, function) for function in functions]
+        db.execute("COMMIT")
+        return outcomes
+    except BaseException:
+        # SQLite may have rolled back by itself (SQLITE_FULL, SQLITE_IOERR)
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _run_in_savepoint(
+    db: sqlite3.Connection, function: Callable[[sqlite3.Connection], Any]
+) -> tuple[Any, Exception | None]:
+    db.execute("SAVEPOINT operation")
+    try:
+        result = function(db)
+    except Exception as error:
+        if isinstance(error, sqlite3.OperationalError) or not db.in_transaction:
+            raise  # the environment failed, not this operation
+        db.execute("ROLLBACK TO operation")
+        db.execute("RELEASE operation")
+        return None, error
+    db.execute("RELEASE operation")
+    return result, None
+
+
+# --- opening ----------------------------------------------------------------------
+
+
+def _lock(path: str) -> int:
+    """Take the lock that keeps a second server off the file, and hold it until close.
+
+    flock(2) on the database file itself, since the server writes no other file. SQLite
+    uses fcntl(2) locks, which on a local file system do not meet flock's. Closing *any*
+    descriptor of the file drops SQLite's locks (sqlite.org/howtocorrupt.html, 2.2), so
+    this one is closed only after SQLite has closed all of its own.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreRefused(f"{path}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StoreRefused(f"{path}: another server is running on this file") from None
+    return descriptor
+
+
+def _prepare_connection(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+
+
+def _prepare_reader(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA query_only = ON")
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    is_new = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+    if not is_new and application != APPLICATION_ID:
+        raise StoreRefused("the file is a database of another program")
+    if version > len(MIGRATIONS):
+        raise StoreRefused(
+            f"the file has version {version}, written by a newer Orchestrator;"
+            f" this one knows up to {len(MIGRATIONS)}: upgrade it, or use another file"
+        )
+    if is_new:
+        # both take effect only before the first page is written
+        db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("BEGIN EXCLUSIVE")
+    try:
+        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+            for statement in statements:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {number}")
+            log.info("event=migrated version=%d", number)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _doom_what_a_crash_cut_short(db: sqlite3.Connection) -> None:
+    doomed = db.execute(
+        """UPDATE blob SET state = 'doomed' WHERE state = 'open' AND id NOT IN (
+               SELECT attempt.result_blob FROM attempt JOIN job ON job.attempt_id = attempt.id
+               WHERE attempt.result_blob IS NOT NULL
+                 AND job.state IN ('Processing', 'Submitted', 'Running'))"""
+    ).rowcount
+    if doomed:
+        log.info("event=unfinished_blobs_doomed count=%d", doomed)
+
+
+def _ensure_setting(db: sqlite3.Connection, name: str, value: str) -> None:
+    db.execute(
+        "INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, value)
+    )
+
+
+def _first_free_blob_id(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT coalesce(max(id), 0) + 1 FROM blob").fetchone()[0])
+
+
+def read_agent_token(path: str) -> str:
+    """Return the agent token of the database at ``path``, also while a server runs on it.
+
+    Raises :class:`StoreRefused` when there is no such database or no token in it.
+    """
+    if not os.path.exists(path):
+        raise StoreRefused(f"{path}: no such file; start the server once to create it")
+    try:
+        with _translated():
+            db = sqlite3.connect(path, timeout=_BUSY_SECONDS)
+            try:
+                row = db.execute("SELECT value FROM setting WHERE name = 'agent_token'").fetchone()
+            finally:
+                db.close()
+    except (StoreUnavailable, sqlite3.OperationalError) as error:
+        raise StoreRefused(f"{path}: {error}") from None
+    if row is None:
+        raise StoreRefused(f"{path}: there is no agent token in it")
+    return str(row[0])
+
+
+# --- operations that several methods share ----------------------------------------
+
+
+def _transition(db: sqlite3.Connection, job: _Job, after: JobState, reason: str) -> None:
+    """Change a job's state and write its history; the caller sees to ``message``."""
+    if after not in TRANSITIONS[job.state]:
+        raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
+    now = time.time()
+    db.execute("UPDATE job SET state = ?, changed_at = ? WHERE id = ?", (after, now, job.id))
+    _write_history(db, job.id, job.attempts, now, job.state, after, reason)
+
+
+def _write_history(
+    db: sqlite3.Connection,
+    job_id: int,
+    attempt: int,
+    at: float,
+    before: JobState | None,
+    after: JobState,
+    reason: str,
+) -> None:
+    db.execute(
+        "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (job_id, attempt, at, before, after, reason),
+    )
+
+
+def _set_message(db: sqlite3.Connection, job_id: int, message: str) -> None:
+    db.execute("UPDATE job SET message = ? WHERE id = ?", (message, job_id))
+
+
+def _job_of_attempt(db: sqlite3.Connection, attempt_id: int) -> _Job:
+    """Return the job whose current attempt this is; raises :class:`Superseded`."""
+    row = db.execute(
+        "SELECT id, state, attempts, lost_starts FROM job"
+        " WHERE id = (SELECT job_id FROM attempt WHERE id = ?) AND attempt_id = ?",
+        (attempt_id, attempt_id),
+    ).fetchone()
+    if row is None:
+        raise Superseded(f"attempt {attempt_id} was superseded")
+    return _Job(row[0], JobState(row[1]), row[2], row[3])
+
+
+def _active_job_of_attempt(db: sqlite3.Connection, attempt_id: int) -> _Job:
+    job = _job_of_attempt(db, attempt_id)
+    if job.state not in ACTIVE_STATES:
+        raise Superseded(f"attempt {attempt_id}: its job is {job.state} already")
+    return job
+
+
+def _insert_chunks(
+    db: sqlite3.Connection, blob_id: int, first: int, chunks: Sequence[bytes]
+) -> None:
+    base = blob_id << _CHUNK_INDEX_BITS
+    db.executemany(
+        "INSERT INTO chunk (id, data) VALUES (?, ?)",
+        ((base + index, chunk) for index, chunk in enumerate(chunks, start=first)),
+    )
+
+
+def _open_blob(db: sqlite3.Connection, blob_id: int) -> None:
+    db.execute(
+        "INSERT INTO blob (id, state, size) VALUES (?, 'open', 0) ON CONFLICT DO NOTHING",
+        (blob_id,),
+    )
+
+
+def _drop_partial_result(db: sqlite3.Connection, attempt_id: int) -> None:
+    db.execute(
+        "UPDATE blob SET state = 'doomed'"
+        " WHERE id = (SELECT result_blob FROM attempt WHERE id = ?)",
+        (attempt_id,),
+    )
+    db.execute("UPDATE attempt SET result_blob = NULL WHERE id = ?", (attempt_id,))
+
+
+def _doom_files_of(db: sqlite3.Connection, job_id: int) -> None:
+    db.execute(
+        "UPDATE blob SET state = 'doomed'"
+        " WHERE id IN (SELECT blob_id FROM input_file WHERE job_id = ?)",
+        (job_id,),
+    )
+    db.execute("UPDATE input_file SET blob_id = NULL WHERE job_id = ?", (job_id,))
+    db.execute(
+        "UPDATE blob SET state = 'doomed'"
+        " WHERE id IN (SELECT result_blob FROM attempt WHERE job_id = ?)",
+        (job_id,),
+    )
+    db.execute("UPDATE attempt SET result_blob = NULL WHERE job_id = ?", (job_id,))
+
+
+# --- uploads ----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    name: str
+    blob_id: int
+    size: int
+    chunks: int
+    buffer: bytearray
+    digest: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingChunk:
+    blob_id: int
+    index: int
+    data: bytes
+
+
+class Upload:
+    """The files of a job while they arrive. End it with :meth:`commit` or :meth:`abandon`.
+
+    Holds at most about 3 MiB in memory: one flush is written while the next is gathered.
+    A small upload never touches the disk before its commit.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._file: _OpenFile | None = None
+        self._files: list[StoredFile] = []
+        self._pending: list[_PendingChunk] = []
+        self._pending_bytes = 0
+        self._flushing: asyncio.Future[None] | None = None
+        self._flushed: set[int] = set()
+
+    def start_file(self, name: str) -> None:
+        """Begin the next file; the one before must have been finished."""
+        assert self._file is None
+        blob_id = self._store.next_blob_id()
+        self._file = _OpenFile(name, blob_id, 0, 0, bytearray(), hashlib.sha256())
+
+    async def write(self, data: bytes) -> None:
+        """Add bytes to the file; waits while too much is on its way to the disk."""
+        file = self._file
+        assert file is not None
+        file.digest.update(data)
+        file.size += len(data)
+        file.buffer += data
+        while len(file.buffer) >= CHUNK_BYTES:
+            self._cut_chunk(file, bytes(file.buffer[:CHUNK_BYTES]))
+            del file.buffer[:CHUNK_BYTES]
+        if self._pending_bytes >= _FLUSH_BYTES:
+            await self._flush()
+
+    async def finish_file(self) -> None:
+        """End the file."""
+        file = self._file
+        assert file is not None
+        if file.buffer:
+            self._cut_chunk(file, bytes(file.buffer))
+        spec = FileSpec(file.name, file.size, file.digest.hexdigest())
+        self._files.append(StoredFile(spec, file.blob_id))
+        self._file = None
+        if self._pending_bytes >= _FLUSH_BYTES:
+            await self._flush()
+
+    async def commit(self, user_id: int, service: str, message: str) -> QueuedJob:
+        """Make the job; when this returns, it and all its bytes are on the disk."""
+        await self._settle()
+        files, pending = tuple(self._files), self._take_pending()
+
+        def operation(db: sqlite3.Connection) -> int:
+            _write_pending(db, pending)
+            job_id = _insert_job(db, user_id, service, message)
+            _insert_files(db, job_id, files)
+            return job_id
+
+        weight = sum(len(chunk.data) for chunk in pending)
+        job_id = await self._store.write(operation, weight if weight > CHUNK_BYTES else 0)
+        self._flushed.clear()
+        return QueuedJob(job_id, user_id, service)
+
+    async def abandon(self) -> None:
+        """Leave nothing behind; does nothing after a successful commit."""
+        self._pending.clear()
+        try:
+            await self._settle()
+        except StoreError as error:
+            log.info("event=upload_flush_failed error=%r", str(error))
+        self._store.erase_later(self._flushed)
+
+    def _cut_chunk(self, file: _OpenFile, data: bytes) -> None:
+        self._pending.append(_PendingChunk(file.blob_id, file.chunks, data))
+        self._pending_bytes += len(data)
+        file.chunks += 1
+
+    def _take_pending(self) -> list[_PendingChunk]:
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        return pending
+
+    async def _settle(self) -> None:
+        if self._flushing is not None:
+            flushing, self._flushing = self._flushing, None
+            await flushing
+
+    async def _flush(self) -> None:
+        await self._settle()
+        pending, weight = self._pending, self._pending_bytes
+        self._take_pending()
+        self._flushed.update(chunk.blob_id for chunk in pending)
+        write = self._store.write(lambda db: _write_pending(db, pending), weight)
+        self._flushing = asyncio.ensure_future(write)
+
+
+def _write_pending(db: sqlite3.Connection, pending: Sequence[_PendingChunk]) -> None:
+    for chunk in pending:
+        if chunk.index == 0:
+            _open_blob(db, chunk.blob_id)
+        _insert_chunks(db, chunk.blob_id, chunk.index, [chunk.data])
+
+
+def _insert_job(db: sqlite3.Connection, user_id: int, service: str, message: str) -> int:
+    now = time.time()
+    cursor = db.execute(
+        "INSERT INTO job (user_id, service, state, message, created_at, changed_at)"
+        " VALUES (?, ?, 'Queued', ?, ?, ?)",
+        (user_id, service, message, now, now),
+    )
+    job_id = cast(int, cursor.lastrowid)
+    _write_history(db, job_id, 0, now, None, JobState.QUEUED, "uploaded")
+    return job_id
+
+
+def _insert_files(db: sqlite3.Connection, job_id: int, files: Sequence[StoredFile]) -> None:
+    db.executemany(
+        "INSERT INTO blob (id, state, size, sha256) VALUES (?, 'sealed', ?, ?)"
+        " ON CONFLICT (id) DO UPDATE SET"
+        " state = 'sealed', size = excluded.size, sha256 = excluded.sha256",
+        ((file.blob_id, file.spec.size, file.spec.sha256) for file in files),
+    )
+    db.executemany(
+        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            (job_id, position, file.spec.name, file.spec.size, file.spec.sha256, file.blob_id)
+            for position, file in enumerate(files)
+        ),
+    )
+
+
+# --- the store --------------------------------------------------------------------
+
+
+class Store:
+    """The durable state of one server. Make it with :meth:`open`; run :meth:`run` beside it.
+
+    Every method that changes something returns once the change is committed and synced,
+    and raises :class:`StoreFull` or :class:`StoreUnavailable` when it could not be.
+    """
+
+    def __init__(self, path: str, lock: int) -> None:
+        self._path = path
+        self._lock = lock
+        self._connections: list[_Connection] = []
+        self._idle_readers: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
+        self._writer: _Writer
+        self._blob_ids: Iterator[int]
+        self._pinned: Counter[int] = Counter()
+        self._orphans: set[int] = set()
+        self._erase_wake = asyncio.Event()
+
+    @classmethod
+    async def open(cls, path: str) -> Store:
+        """Lock, migrate and tidy the file. Raises :class:`StoreRefused` if it can't be used."""
+        store = cls(path, _lock(path))
+        try:
+            with _translated():
+                await store._set_up()
+        except (StoreRefused, StoreUnavailable, StoreFull) as error:
+            await store.close()
+            raise StoreRefused(f"{path}: {error}") from error
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def _set_up(self) -> None:
+        connection = await _connect(self._path)
+        self._connections.append(connection)
+        await connection.call(_prepare_connection)
+        await connection.call(_migrate)
+        await connection.call(_doom_what_a_crash_cut_short)
+        token = secrets.token_urlsafe(32)
+        await connection.call(lambda db: _ensure_setting(db, "agent_token", token))
+        await connection.call(lambda db: _ensure_setting(db, "probe", ""))
+        self._blob_ids = itertools.count(await connection.call(_first_free_blob_id))
+        self._writer = _Writer(connection)
+        for _ in range(_READERS):
+            reader = await _connect(self._path)
+            self._connections.append(reader)
+            await reader.call(_prepare_reader)
+            self._idle_readers.put_nowait(reader)
+        self._erase_wake.set()
+
+    async def run(self) -> None:
+        """The store's background work: group commit and erasing. Ends by cancellation only."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._writer.run(), name="store writer")
+            tasks.create_task(self._erase_for_ever(), name="store eraser")
+
+    async def close(self) -> None:
+        """Close all connections, then the lock; the store can't be used after."""
+        while self._connections:
+            await self._connections.pop().close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    async def write(self, operation: Callable[[sqlite3.Connection], T], weight: int = 0) -> T:
+        """For :class:`Upload`: run an operation in the next group commit."""
+        return await self._writer.write(operation, weight)
+
+    def next_blob_id(self) -> int:
+        """For :class:`Upload`: an id that no blob has."""
+        return next(self._blob_ids)
+
+    def erase_later(self, blob_ids: set[int]) -> None:
+        """For :class:`Upload`: blobs that no job will ever refer to."""
+        self._orphans |= blob_ids
+        self._erase_wake.set()
+
+    async def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        async with self._reader() as reader:
+            with _translated():
+                return list(await reader.execute_fetchall(sql, parameters))
+
+    @asynccontextmanager
+    async def _reader(self) -> AsyncIterator[_Connection]:
+        reader = await self._idle_readers.get()
+        try:
+            yield reader
+        finally:
+            self._idle_readers.put_nowait(reader)
+
+    # --- settings and health
+
+    async def agent_token(self) -> str:
+        """Return the token that the database was given when it was made."""
+        rows = await self._read("SELECT value FROM setting WHERE name = 'agent_token'")
+        return str(rows[0][0])
+
+    async def probe(self) -> None:
+        """Write something durably, to know whether that works."""
+        stamp = str(time.time())
+        await self._writer.write(
+            lambda db: db.execute("UPDATE setting SET value = ? WHERE name = 'probe'", (stamp,))
+        )
+
+    # --- jobs
+
+    def new_upload(self) -> Upload:
+        """Begin to take in the files of a new job."""
+        return Upload(self)
+
+    async def job_status(self, job_id: int) -> JobStatus | None:
+        """Return a job's state and message, None if there is no such job."""
+        rows = await self._read("SELECT id, state, message FROM job WHERE id = ?", (job_id,))
+        return JobStatus(rows[0][0], JobState(rows[0][1]), rows[0][2]) if rows else None
+
+    async def history(self, job_id: int) -> list[Transition]:
+        """Return all transitions of a job, oldest first."""
+        rows = await self._read(
+            "SELECT job_id, attempt, at, from_state, to_state, reason FROM history"
+            " WHERE job_id = ? ORDER BY id",
+            (job_id,),
+        )
+        return [
+            Transition(row[0], row[1], row[2], row[3] and JobState(row[3]), JobState(row[4]), row[5])
+            for row in rows
+        ]
+
+    async def queued_jobs(self) -> list[QueuedJob]:
+        """Return all jobs that wait, oldest first."""
+        rows = await self._read(
+            "SELECT id, user_id, service, priority FROM job WHERE state = 'Queued' ORDER BY id"
+        )
+        return [QueuedJob(*row) for row in rows]
+
+    async def active_jobs(self) -> list[ActiveJob]:
+        """Return all jobs that an agent holds."""
+        rows = await self._read(
+            """SELECT job.id, job.user_id, job.service, job.priority, attempt.id,
+                      attempt.number, agent.id, agent.name, job.state
+               FROM job JOIN attempt ON attempt.id = job.attempt_id
+                        JOIN agent ON agent.id = attempt.agent_id
+               WHERE job.state IN ('Processing', 'Submitted', 'Running') ORDER BY job.id"""
+        )
+        return [
+            ActiveJob(QueuedJob(*row[:4]), row[4], row[5], row[6], row[7], JobState(row[8]))
+            for row in rows
+        ]
+
+    # --- attempts
+
+    async def note_agent(self, agent_id: str, name: str) -> None:
+        """Remember an agent's name and that it was here."""
+        now = time.time()
+        await self._writer.write(
+            lambda db: db.execute(
+                "INSERT INTO agent (id, name, seen_at) VALUES (?, ?, ?) ON CONFLICT (id)"
+                " DO UPDATE SET name = excluded.name, seen_at = excluded.seen_at",
+                (agent_id, name, now),
+            )
+        )
+
+    async def begin_attempt(self, job_id: int, agent_id: str, reason: str) -> Assignment:
+        """Give a queued job to an agent; raises :class:`IllegalTransition` if it isn't queued."""
+
+        def operation(db: sqlite3.Connection) -> Assignment:
+            row = db.execute(
+                "SELECT state, attempts, lost_starts FROM job WHERE id = ?", (job_id,)
+            ).fetchone()
+            job = _Job(job_id, JobState(row[0]), row[1] + 1, row[2])
+            attempt_id = cast(
+                int,
+                db.execute(
+                    "INSERT INTO attempt (job_id, number, agent_id) VALUES (?, ?, ?)",
+                    (job_id, job.attempts, agent_id),
+                ).lastrowid,
+            )
+            db.execute(
+                "UPDATE job SET attempts = ?, attempt_id = ?, message = '' WHERE id = ?",
+                (job.attempts, attempt_id, job_id),
+            )
+            _transition(db, job, JobState.PROCESSING, reason)
+            return Assignment(attempt_id, job.attempts, _files_of(db, attempt_id))
+
+        return await self._writer.write(operation)
+
+    async def input_files(self, attempt_id: int) -> tuple[StoredFile, ...]:
+        """Return the input of an attempt's job, in upload order."""
+        async with self._reader() as reader:
+            with _translated():
+                return await reader.call(lambda db: _files_of(db, attempt_id))
+
+    async def advance(self, attempt_id: int, target: JobState, reason: str) -> None:
+        """Move a job on to an active state; does nothing if it is there or further already.
+
+        Raises :class:`Superseded` if the attempt no longer counts.
+        """
+
+        def operation(db: sqlite3.Connection) -> None:
+            job = _active_job_of_attempt(db, attempt_id)
+            if ACTIVE_STATES.index(job.state) < ACTIVE_STATES.index(target):
+                _transition(db, job, target, reason)
+
+        await self._writer.write(operation)
+
+    async def result_size(self, attempt_id: int) -> int:
+        """Return how many bytes of an attempt's result are safe."""
+        rows = await self._read(
+            "SELECT blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
+            " WHERE attempt.id = ?",
+            (attempt_id,),
+        )
+        return int(rows[0][0]) if rows else 0
+
+    async def append_result(self, attempt_id: int, offset: int, chunks: Sequence[bytes]) -> None:
+        """Add chunks to an attempt's result at ``offset``, which must be its present size.
+
+        All chunks but the last of the whole result have the standard length. Raises
+        :class:`Superseded` if the attempt no longer counts.
+        """
+
+        def operation(db: sqlite3.Connection) -> None:
+            _active_job_of_attempt(db, attempt_id)
+            self._append(db, attempt_id, offset, chunks)
+
+        await self._writer.write(operation, sum(map(len, chunks)))
+
+    async def discard_result(self, attempt_id: int) -> None:
+        """Forget what has arrived of an attempt's result, for a transfer that starts anew."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            _active_job_of_attempt(db, attempt_id)
+            _drop_partial_result(db, attempt_id)
+
+        await self._writer.write(operation)
+        self._erase_wake.set()
+
+    async def finish(self, report: Finished, offset: int, tail: Sequence[bytes]) -> None:
+        """End a job with its result, whole, in one transaction.
+
+        ``tail`` are the last chunks, from ``offset`` on. A repeated call for a job that this
+        very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
+        longer counts, :class:`ResultMismatch` if the lengths don't add up.
+        """
+
+        def operation(db: sqlite3.Connection) -> None:
+            job = _job_of_attempt(db, report.attempt_id)
+            if job.state not in ACTIVE_STATES:
+                return
+            self._append(db, report.attempt_id, offset, tail)
+            _seal_result(db, report)
+            db.execute(
+                "UPDATE attempt SET exit_code = ? WHERE id = ?",
+                (report.exit_code, report.attempt_id),
+            )
+            _set_message(db, job.id, report.message)
+            _transition(db, job, report.state, report.message or "finished")
+
+        weight = sum(map(len, tail))
+        await self._writer.write(operation, weight if weight > CHUNK_BYTES else 0)
+
+    async def requeue(self, attempt_id: int, reason: str, max_attempts: int) -> JobState:
+        """Take a job from an agent that lost it; returns Queued, or Failed if it was the last try.
+
+        Only attempts that may have started count. Raises :class:`Superseded` if the attempt
+        no longer counts.
+        """
+
+        def operation(db: sqlite3.Connection) -> JobState:
+            job = _active_job_of_attempt(db, attempt_id)
+            lost_starts = job.lost_starts + (job.state is not JobState.PROCESSING)
+            _drop_partial_result(db, attempt_id)
+            if lost_starts >= max_attempts:
+                message = f"{reason}; given up after {lost_starts} attempts"
+                _set_message(db, job.id, message)
+                _transition(db, job, JobState.FAILED, message)
+                return JobState.FAILED
+            db.execute(
+                "UPDATE job SET attempt_id = NULL, lost_starts = ?, message = ? WHERE id = ?",
+                (lost_starts, f"{reason}; queued again", job.id),
+            )
+            _transition(db, job, JobState.QUEUED, reason)
+            return JobState.QUEUED
+
+        state = await self._writer.write(operation)
+        self._erase_wake.set()
+        return state
+
+    async def reject(self, attempt_id: int, reason: str) -> None:
+        """End a job that an agent found can never run. Raises :class:`Superseded`."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            job = _active_job_of_attempt(db, attempt_id)
+            _set_message(db, job.id, reason)
+            _transition(db, job, JobState.INVALID, reason)
+
+        await self._writer.write(operation)
+
+    def _append(
+        self, db: sqlite3.Connection, attempt_id: int, offset: int, chunks: Sequence[bytes]
+    ) -> None:
+        row = db.execute(
+            "SELECT blob.id, blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
+            " WHERE attempt.id = ?",
+            (attempt_id,),
+        ).fetchone()
+        if row is None:
+            row = (self.next_blob_id(), 0)
+            _open_blob(db, row[0])
+            db.execute("UPDATE attempt SET result_blob = ? WHERE id = ?", (row[0], attempt_id))
+        blob_id, size = row
+        if offset != size:
+            raise ResultMismatch(f"attempt {attempt_id}: bytes at {offset}, {size} stored")
+        _insert_chunks(db, blob_id, offset // CHUNK_BYTES, chunks)
+        size += sum(map(len, chunks))
+        db.execute("UPDATE blob SET size = ? WHERE id = ?", (size, blob_id))
+
+    # --- blobs
+
+    async def result(self, job_id: int) -> StoredResult | None:
+        """Return a completed job's result, None if it has none (any more)."""
+        rows = await self._read(
+            "SELECT blob.id, blob.size, blob.sha256"
+            " FROM job JOIN attempt ON attempt.id = job.attempt_id"
+            " JOIN blob ON blob.id = attempt.result_blob"
+            " WHERE job.id = ? AND job.state = 'Completed' AND blob.state = 'sealed'",
+            (job_id,),
+        )
+        return StoredResult(*rows[0]) if rows else None
+
+    @contextmanager
+    def pinned(self, blob_id: int) -> Iterator[None]:
+        """Keep the eraser from a blob while it is read."""
+        self._pinned[blob_id] += 1
+        try:
+            yield
+        finally:
+            self._pinned[blob_id] -= 1
+            if not self._pinned[blob_id]:
+                del self._pinned[blob_id]
+                self._erase_wake.set()
+
+    async def read_chunk(self, blob_id: int, offset: int) -> bytes:
+        """Return the bytes from ``offset`` to the end of the chunk that holds it."""
+        index, within = divmod(offset, CHUNK_BYTES)
+        rows = await self._read(
+            "SELECT data FROM chunk WHERE id = ?", ((blob_id << _CHUNK_INDEX_BITS) + index,)
+        )
+        if not rows:
+            raise StoreUnavailable(f"blob {blob_id} has no chunk {index}")
+        return cast(bytes, rows[0][0][within:])
+
+    async def read_files(self, files: Sequence[StoredFile], offset: int) -> bytes:
+        """Return up to one chunk of the files' bytes, taken as one stream, from ``offset``."""
+        async with self._reader() as reader:
+            with _translated():
+                return await reader.call(lambda db: _read_stream(db, files, offset))
+
+    async def result_digest(self, attempt_id: int, size: int) -> Any:
+        """Return a SHA-256 object fed with the stored start of an attempt's result."""
+        rows = await self._read("SELECT result_blob FROM attempt WHERE id = ?", (attempt_id,))
+        digest = hashlib.sha256()
+        offset = 0
+        while offset < size:
+            data = await self.read_chunk(rows[0][0], offset)
+            digest.update(data)
+            offset += len(data)
+        return digest
+
+    # --- retention
+
+    async def oldest_final_change(self) -> float | None:
+        """Return when the job that retention reaches first became final, in Unix seconds."""
+        rows = await self._read(
+            "SELECT min(changed_at) FROM job"
+            " WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')"
+        )
+        return cast("float | None", rows[0][0])
+
+    async def clean_jobs_final_since(self, cutoff: float) -> int:
+        """Mark some jobs that became final before ``cutoff`` as Cleaned, and doom their bytes.
+
+        Returns how many; the caller asks again until it gets none.
+        """
+
+        def operation(db: sqlite3.Connection) -> int:
+            rows = db.execute(
+                "SELECT id, state, attempts, lost_starts FROM job"
+                " WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')"
+                " AND changed_at <= ? ORDER BY changed_at LIMIT ?",
+                (cutoff, _CLEAN_JOBS),
+            ).fetchall()
+            for row in rows:
+                job = _Job(row[0], JobState(row[1]), row[2], row[3])
+                _doom_files_of(db, job.id)
+                _set_message(db, job.id, f"files of the {job.state} job removed by retention")
+                _transition(db, job, JobState.CLEANED, "retention")
+            return len(rows)
+
+        cleaned = await self._writer.write(operation)
+        self._erase_wake.set()
+        return cleaned
+
+    async def _erase_for_ever(self) -> None:
+        while True:
+            await self._erase_wake.wait()
+            self._erase_wake.clear()
+            try:
+                await self._erase_all()
+            except (StoreFull, StoreUnavailable) as error:
+                log.warning("event=erase_failed error=%r retry_s=%g", str(error), _RETRY_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
+                self._erase_wake.set()
+
+    async def _erase_all(self) -> None:
+        orphans = frozenset(self._orphans)
+        if orphans:
+            await self._writer.write(lambda db: _doom(db, orphans))
+            self._orphans -= orphans
+        erased = 0
+        while await self._writer.write(self._erase_some, 1):
+            erased += 1
+        if erased:
+            while await self._writer.write(_vacuum_some, 1):
+                pass
+            await self._writer.outside_transaction(_checkpoint)
+
+    def _erase_some(self, db: sqlite3.Connection) -> bool:
+        """Erase a few chunks of one doomed blob; returns whether there was one."""
+        rows = db.execute("SELECT id FROM blob WHERE state = 'doomed' ORDER BY id")
+        blob_id = next((row[0] for row in rows if row[0] not in self._pinned), None)
+        if blob_id is None:
+            return False
+        first = blob_id << _CHUNK_INDEX_BITS
+        last = first + (1 << _CHUNK_INDEX_BITS) - 1
+        erased = db.execute(
+            "DELETE FROM chunk WHERE id IN"
+            " (SELECT id FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)",
+            (first, last, _ERASE_CHUNKS),
+        ).rowcount
+        if erased < _ERASE_CHUNKS:
+            db.execute("DELETE FROM blob WHERE id = ?", (blob_id,))
+        return True
+
+
+def _files_of(db: sqlite3.Connection, attempt_id: int) -> tuple[StoredFile, ...]:
+    rows = db.execute(
+        "SELECT name, size, sha256, blob_id FROM input_file"
+        " WHERE job_id = (SELECT job_id FROM attempt WHERE id = ?) ORDER BY position",
+        (attempt_id,),
+    )
+    return tuple(StoredFile(FileSpec(row[0], row[1], row[2]), row[3]) for row in rows)
+
+
+def _seal_result(db: sqlite3.Connection, report: Finished) -> None:
+    sealed = db.execute(
+        "UPDATE blob SET state = 'sealed', sha256 = ?"
+        " WHERE id = (SELECT result_blob FROM attempt WHERE id = ?) AND size = ?",
+        (report.result_sha256, report.attempt_id, report.result_size),
+    ).rowcount
+    if sealed != 1:
+        raise ResultMismatch(f"attempt {report.attempt_id}: not {report.result_size} bytes")
+
+
+def _read_stream(db: sqlite3.Connection, files: Sequence[StoredFile], offset: int) -> bytes:
+    parts: list[bytes] = []
+    room = CHUNK_BYTES
+    for file in files:
+        if offset >= file.spec.size:
+            offset -= file.spec.size
+            continue
+        while offset < file.spec.size and room > 0:
+            part = _read_part(db, file.blob_id, offset)[:room]
+            parts.append(part)
+            offset += len(part)
+            room -= len(part)
+        if room == 0:
+            break
+        offset = 0
+    return b"".join(parts)
+
+
+def _read_part(db: sqlite3.Connection, blob_id: int, offset: int) -> bytes:
+    index, within = divmod(offset, CHUNK_BYTES)
+    row = db.execute(
+        "SELECT data FROM chunk WHERE id = ?", ((blob_id << _CHUNK_INDEX_BITS) + index,)
+    ).fetchone()
+    if row is None:
+        raise StoreUnavailable(f"blob {blob_id} has no chunk {index}")
+    return cast(bytes, row[0][within:])
+
+
+def _doom(db: sqlite3.Connection, blob_ids: frozenset[int]) -> None:
+    db.executemany(
+        "UPDATE blob SET state = 'doomed' WHERE id = ? AND state = 'open'",
+        ((blob_id,) for blob_id in blob_ids),
+    )
+
+
+def _vacuum_some(db: sqlite3.Connection) -> bool:
+    """Give some free pages back to the file system; returns whether more are left."""
+    # the pragma does its work while its (empty) rows are stepped through
+    db.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+    return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
+
+
+def _checkpoint(db: sqlite3.Connection) -> None:
+    """Carry the WAL into the file, which shrinks only then (sqlite.org/wal.html)."""
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+assert FINAL_STATES == {
+    JobState.COMPLETED,
+    JobState.FAILED,
+    JobState.INVALID,
+    JobState.KILLED,
+}, "the SQL above names the final states"

@@ -1,0 +1,235 @@
+"""The process that outlives the agent: parent of one job's process tree.
+
+Started by ``runner.py`` for every job, detached, as ``python -I -S supervisor.py DIR
+TIMEOUT GRACE READY_FD``. It runs ``bash run.sh`` in ``DIR/job``, waits for it, sees to
+it that nothing of the tree survives, and leaves the exit record in ``DIR/exit``. The
+agent may die and come back meanwhile. It imports little, because it is started for
+every job, and nothing of ours.
+
+Linux only: a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) becomes the parent of every
+orphan below it, so that a double fork or setsid() does not escape.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+
+_PR_SET_CHILD_SUBREAPER = 36
+_WATCHED = {signal.SIGCHLD, signal.SIGTERM}
+_STORM_PAUSE = 0.002
+_FOR_EVER = 365 * 24 * 3600.0
+
+
+def main(arguments: list[str]) -> int:
+    """Run one job to its end; returns the process's exit status."""
+    directory, timeout, grace, ready = arguments
+    os.chdir(directory)
+    if not _claim():
+        return 3
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    job = _start_job()
+    _report_ready(int(ready))
+    deadline = time.monotonic() + float(timeout) if float(timeout) > 0 else None
+    record = _wait(job, deadline)
+    if record["kind"] in ("exited", "signalled"):
+        # before the rest of the tree is ended: a crash from here on must not repeat the job
+        _write_atomically("exit", record)
+    _end_tree(float(grace))
+    if record["kind"] in ("timeout", "killed"):
+        _write_atomically("exit", record)
+    return 0
+
+
+def _claim() -> bool:
+    """Be the one supervisor of this directory, for ever; link(2) decides."""
+    name = f"process.{os.getpid()}"
+    identity = {"pid": os.getpid(), "start": _start_time("self"), "boot": _boot_id()}
+    _write(name, identity)
+    try:
+        os.link(name, "process")
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(name)
+    _sync_directory()
+    return True
+
+
+def _start_job() -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        # a session of its own: "kill 0" in the script must not reach the supervisor
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        os.dup2(os.open("stdout.log", flags, 0o644), 1)
+        os.dup2(os.open("stderr.log", flags, 0o644), 2)
+        os.chdir("job")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+        # Python ignores these, and an ignored signal stays ignored across exec
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.closerange(3, 256)
+        os.execvp("bash", ["bash", "run.sh"])
+    except OSError as error:
+        os.write(2, f"cannot start bash: {error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def _report_ready(descriptor: int) -> None:
+    try:
+        os.write(descriptor, b"1")
+    except OSError:
+        pass  # the agent died meanwhile; its successor finds the process file
+    os.close(descriptor)
+
+
+def _wait(job: int, deadline: float | None) -> dict[str, object]:
+    """Wait for the job, the deadline or a request to end it, and say which it was."""
+    while True:
+        left = _FOR_EVER if deadline is None else max(0.0, deadline - time.monotonic())
+        received = signal.sigtimedwait(_WATCHED, left)
+        if received is None and deadline is None:
+            continue
+        if received is None:
+            return {"kind": "timeout"}
+        if received.si_signo == signal.SIGTERM:
+            # without the agent's mark the machine is shutting down: the job is lost, not killed
+            return {"kind": "killed" if os.path.exists("kill") else "lost"}
+        status = _reap().get(job)
+        if status is not None:
+            return _record_of(status)
+
+
+def _record_of(status: int) -> dict[str, object]:
+    if os.WIFSIGNALED(status):
+        return {"kind": "signalled", "code": os.WTERMSIG(status)}
+    return {"kind": "exited", "code": os.WEXITSTATUS(status)}
+
+
+def _reap() -> dict[int, int]:
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended[pid] = status
+
+
+def _has_children() -> bool:
+    """Whether there is any child; every orphan below a subreaper is one."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _end_tree(grace: float) -> None:
+    """Leave no descendant alive: SIGTERM, the grace period, then SIGKILL until none is left."""
+    deadline = time.monotonic() + grace
+    terminated: set[int] = set()
+    while descendants := _descendants():
+        new = descendants - terminated
+        _signal_all(new, signal.SIGTERM)
+        _signal_all(new, signal.SIGCONT)
+        terminated |= new
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        signal.sigtimedwait({signal.SIGCHLD}, min(left, 0.1))
+        _reap()
+    while descendants := _descendants():
+        _signal_all(descendants, signal.SIGKILL)
+        # SIGCHLD comes with each death; the bound is for those that are not our children
+        signal.sigtimedwait({signal.SIGCHLD}, _STORM_PAUSE)
+        _reap()
+
+
+def _signal_all(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass  # gone already, or a setuid program, which only root may signal
+
+
+def _descendants() -> set[int]:
+    """Return all processes below this one, those of ours that ended being reaped first.
+
+    A zombie that is not our child counts, for it may be a program whose first thread
+    has ended and whose others live.
+    """
+    _reap()
+    if not _has_children():
+        return set()
+    parents = {int(entry): _parent(entry) for entry in os.listdir("/proc") if entry.isdigit()}
+    own = os.getpid()
+    found: set[int] = set()
+    for pid in parents:
+        chain: list[int] = []
+        above = pid
+        while above in parents and above != own and above not in found:
+            chain.append(above)
+            above = parents[above]
+        if above == own or above in found:
+            found.update(chain)
+    return found
+
+
+def _stat_fields(pid: str) -> list[str]:
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        # the command name, in parentheses, may itself hold spaces and parentheses
+        return file.read().rpartition(")")[2].split()
+
+
+def _parent(pid: str) -> int:
+    try:
+        return int(_stat_fields(pid)[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # it ended while /proc was read
+
+
+def _start_time(pid: str) -> int:
+    return int(_stat_fields(pid)[19])  # field 22 of proc(5), clock ticks since boot
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _write(name: str, content: dict[str, object]) -> None:
+    with open(name, "w", encoding="ascii") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_atomically(name: str, content: dict[str, object]) -> None:
+    _write(f"{name}.new", content)
+    os.rename(f"{name}.new", name)
+    _sync_directory()
+
+
+def _sync_directory() -> None:
+    descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
