@@ -1,0 +1,267 @@
+"""Command line, assembly, start-up and graceful stop of the server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from aiohttp import web
+
+import api
+import config
+import demo
+from config import ConfigError, Settings
+from dispatch import Dispatcher
+from store import Store, StoreError, StoreFull, StoreRefused, StoreUnavailable, read_agent_token
+
+log = logging.getLogger("orchestrator")
+
+_STOP_REQUESTS_SECONDS = 3.0
+_STOP_AGENT_SECONDS = 3.0
+_AGENT_RESTART_SECONDS = 1.0
+_RETENTION_LONGEST_PAUSE = 3600.0  # so that a clock that was set is noticed
+_RETENTION_RETRY_SECONDS = 60.0
+
+
+class StartError(Exception):
+    """The server can't start; the message says what to do."""
+
+
+# --- the server's life ------------------------------------------------------------
+
+
+async def serve(settings: Settings, with_agent: bool) -> None:
+    """Run a server until SIGTERM or SIGINT. Raises :class:`StartError` or a store's error."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    store = await Store.open(settings.db_path)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(store.run(), name="store")]
+            try:
+                await _serve_store(store, settings, with_agent, stop, tasks, background)
+            finally:
+                for task in reversed(background):
+                    task.cancel()
+    finally:
+        await store.close()
+    log.info("event=stopped")
+
+
+async def _serve_store(
+    store: Store,
+    settings: Settings,
+    with_agent: bool,
+    stop: asyncio.Event,
+    tasks: asyncio.TaskGroup,
+    background: list[asyncio.Task[None]],
+) -> None:
+    token = settings.agent_token or await store.agent_token()
+    dispatcher = Dispatcher(store, settings)
+    background.append(tasks.create_task(dispatcher.run(), name="dispatcher"))
+    background.append(tasks.create_task(keep_retention(store, settings), name="retention"))
+    runner = web.AppRunner(
+        api.make_application(store, dispatcher, settings, token),
+        access_log=None,
+        shutdown_timeout=_STOP_REQUESTS_SECONDS,
+    )
+    await runner.setup()
+    agent: asyncio.Task[None] | None = None
+    try:
+        url = await _listen(runner, settings)
+        if with_agent:
+            agent = tasks.create_task(keep_agent(url, settings, token), name="embedded agent")
+        _announce(url)
+        await stop.wait()
+        log.info("event=stopping")
+    finally:
+        if agent is not None:
+            agent.cancel()
+            await asyncio.wait([agent])
+        await dispatcher.close()
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, settings: Settings) -> str:
+    site = web.TCPSite(runner, settings.host, settings.port)
+    try:
+        await site.start()
+    except OSError as error:
+        raise StartError(
+            f"can't listen on {settings.host} port {settings.port}: {error.strerror};"
+            " choose another with --port"
+        ) from None
+    host, port = runner.addresses[0][:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def _announce(url: str) -> None:
+    sys.stdout.write(
+        f"Orchestrator is ready at {url} - try:"
+        f" curl -X POST {url}/upload -F file=@run.sh -F user_id=1 -F service=example\n"
+    )
+    sys.stdout.flush()
+
+
+# --- embedded agent ---------------------------------------------------------------
+
+
+async def keep_agent(url: str, settings: Settings, token: str) -> None:
+    """Keep an agent process on this machine alive for as long as the server runs."""
+    while True:
+        code = await _run_agent(_local_url(url), settings, token)
+        log.warning("event=embedded_agent_ended code=%s restart_s=%g", code, _AGENT_RESTART_SECONDS)
+        await asyncio.sleep(_AGENT_RESTART_SECONDS)
+
+
+def _local_url(url: str) -> str:
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+async def _run_agent(url: str, settings: Settings, token: str) -> int:
+    workdir = Path(f"{settings.db_path}.agent").absolute()
+    command = [sys.executable, str(Path(__file__).with_name("agent.py")), "--embedded"]
+    command += ["--server", url, "--name", "local", "--slots", str(settings.slots)]
+    command += ["--workdir", str(workdir)]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != config.AGENT_TOKEN_VARIABLE
+    }
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        env=environment,
+        # Ctrl-C in the terminal is for the server, which then stops the agent
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    try:
+        # The pipe stays open: its end tells the agent that the server is gone, however it went.
+        process.stdin.write(f"{token}\n".encode())
+        return await process.wait()
+    finally:
+        await _stop_process(process)
+
+
+async def _stop_process(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_AGENT_SECONDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+# --- retention --------------------------------------------------------------------
+
+
+async def keep_retention(store: Store, settings: Settings) -> None:
+    """Clean jobs whose final state is older than the maximum age, when they reach it."""
+    while True:
+        try:
+            pause = await _clean_once(store, settings.max_age)
+        except (StoreFull, StoreUnavailable) as error:
+            log.warning("event=retention_failed error=%r", str(error))
+            pause = _RETENTION_RETRY_SECONDS
+        await asyncio.sleep(pause)
+
+
+async def _clean_once(store: Store, max_age: int) -> float:
+    while cleaned := await store.clean_jobs_final_since(time.time() - max_age):
+        log.info("event=cleaned jobs=%d", cleaned)
+    oldest = await store.oldest_final_change()
+    # a job that becomes final only now reaches the age no sooner than max_age from now
+    due = max_age if oldest is None else oldest + max_age - time.time()
+    return min(max(due, 0.0) + 0.01, max_age, _RETENTION_LONGEST_PAUSE)
+
+
+# --- command line -----------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of ``orchestrator.py``; no command means ``serve``."""
+    parser = argparse.ArgumentParser(prog="orchestrator", description="A job server for labs.")
+    parser.add_argument("--version", action="version", version=config.VERSION)
+    _add_serve_options(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve_parser = commands.add_parser("serve", help="run the server (the default)")
+    _add_serve_options(serve_parser)
+    commands.add_parser("demo", help="run an example job on a throw-away server")
+    token_parser = commands.add_parser("agent-token", help="show the token that agents need")
+    token_parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    # SUPPRESS: an option that is not given must not hide the environment or the file
+    parser.add_argument("--host", default=argparse.SUPPRESS, help="default: 127.0.0.1")
+    parser.add_argument("--port", default=argparse.SUPPRESS, help="default: 5000; 0 picks one")
+    parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE", help="orchestrator.db")
+    parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file")
+    parser.add_argument("--slots", default=argparse.SUPPRESS, help="slots of the embedded agent")
+    parser.add_argument(
+        "--no-agent", action="store_true", default=argparse.SUPPRESS, help="no embedded agent"
+    )
+
+
+_SETTING_OF_OPTION = {"host": "HOST", "port": "PORT", "db": "DB_PATH", "slots": "SLOTS"}
+
+
+def load_settings(options: argparse.Namespace) -> Settings:
+    """Return the settings of this command line; raises :class:`config.ConfigError`."""
+    given = vars(options)
+    arguments = {
+        setting: given[option] for option, setting in _SETTING_OF_OPTION.items() if option in given
+    }
+    file = Path(given["config"]) if "config" in given else None
+    return config.load(os.environ, arguments, file)
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    match options.command:
+        case "demo":
+            return demo.run()
+        case "agent-token":
+            settings = load_settings(options)
+            token = settings.agent_token or read_agent_token(settings.db_path)
+            sys.stdout.write(f"{token}\n")
+        case _:
+            asyncio.run(serve(load_settings(options), with_agent="no_agent" not in options))
+    return 0
+
+
+def main() -> int:
+    """Entry point of ``orchestrator.py`` and of ``orchestrator``."""
+    options = parse_arguments(sys.argv[1:])
+    logging.basicConfig(
+        level=logging.INFO, format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+    )
+    code = 0
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            code = _run_command(options)
+        except* (ConfigError, StartError, StoreRefused, StoreError) as group:
+            for error in group.exceptions:
+                while isinstance(error, BaseExceptionGroup):
+                    error = error.exceptions[0]
+                sys.stderr.write(f"orchestrator: {error}\n")
+            code = 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
