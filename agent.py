@@ -185,9 +185,7 @@ class Agent:
             slots=self._settings.slots,
             services=self._settings.services,
             attempts=tuple(
-                protocol.HeldAttempt(
-                    held.job_id, held.id, held.phase, held.directory.input_offset
-                )
+                protocol.HeldAttempt(held.job_id, held.id, held.phase, held.directory.input_offset)
                 for held in self._held.values()
             ),
         )
@@ -547,7 +545,8 @@ def main() -> int:
     options = parse_arguments(arguments)
     _hide_token_variable(arguments)
     logging.basicConfig(
-        level=logging.INFO, format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+        level=logging.INFO,
+        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
     )
     try:
         settings = _settings_of(options, _read_token(options))

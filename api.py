@@ -446,5 +446,3 @@ def _check_files(names: list[str]) -> None:
         raise BadUpload("file: missing, at least one file is needed")
     if protocol.RUN_SCRIPT not in names:
         raise BadUpload(f"file: none of the files is named {protocol.RUN_SCRIPT}")
-
-

@@ -218,9 +218,7 @@ def _apply(
         raise ConfigError(f"{place}: {name}: {error}") from None
 
 
-def _define(
-    services: dict[str, ServiceLimits], service: str, limits: Mapping[str, object]
-) -> None:
+def _define(services: dict[str, ServiceLimits], service: str, limits: Mapping[str, object]) -> None:
     if not _SERVICE_NAME.fullmatch(service):
         raise ValueError("a service name has letters, digits, dot, dash and underscore")
     changes: dict[str, Any] = {}

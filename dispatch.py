@@ -737,9 +737,7 @@ class _Session:
             return await self._store.read_files(files, position)
 
         if offset < size:
-            self._outbox.open(
-                protocol.transfer_id(attempt_id, Stream.INPUT), source, offset, size
-            )
+            self._outbox.open(protocol.transfer_id(attempt_id, Stream.INPUT), source, offset, size)
 
     async def _begin_result(self, report: protocol.Finished) -> _Incoming:
         if report.state not in protocol.FINAL_STATES:
@@ -818,5 +816,3 @@ def _heartbeat_seconds(settings: Settings) -> float:
 
 class _ConnectionEnded(Exception):
     """The connection is over, as connections are; unwinds its tasks."""
-
-

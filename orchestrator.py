@@ -135,9 +135,7 @@ async def _run_agent(url: str, settings: Settings, token: str) -> int:
     command += ["--server", url, "--name", "local", "--slots", str(settings.slots)]
     command += ["--workdir", str(workdir)]
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name != config.AGENT_TOKEN_VARIABLE
+        name: value for name, value in os.environ.items() if name != config.AGENT_TOKEN_VARIABLE
     }
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -248,7 +246,8 @@ def main() -> int:
     """Entry point of ``orchestrator.py`` and of ``orchestrator``."""
     options = parse_arguments(sys.argv[1:])
     logging.basicConfig(
-        level=logging.INFO, format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+        level=logging.INFO,
+        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
     )
     code = 0
     with contextlib.suppress(KeyboardInterrupt):

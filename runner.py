@@ -51,8 +51,21 @@ _SAMPLE_BYTES = 64 * 1024
 _KILL_PAUSE_SECONDS = 0.01
 
 _PASSED_VARIABLES = frozenset(
-    """PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR LD_LIBRARY_PATH MODULEPATH
-    CUDA_VISIBLE_DEVICES OMP_NUM_THREADS""".split()
+    [
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "LANGUAGE",
+        "TZ",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "MODULEPATH",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+    ]
 )
 _PASSED_PREFIXES = ("LC_",)
 

@@ -901,7 +901,9 @@ class Store:
             (job_id,),
         )
         return [
-            Transition(row[0], row[1], row[2], row[3] and JobState(row[3]), JobState(row[4]), row[5])
+            Transition(
+                row[0], row[1], row[2], row[3] and JobState(row[3]), JobState(row[4]), row[5]
+            )
             for row in rows
         ]
 
@@ -1288,9 +1290,9 @@ def _checkpoint(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
-assert FINAL_STATES == {
+assert {
     JobState.COMPLETED,
     JobState.FAILED,
     JobState.INVALID,
     JobState.KILLED,
-}, "the SQL above names the final states"
+} == FINAL_STATES, "the SQL above names the final states"

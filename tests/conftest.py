@@ -1,0 +1,42 @@
+"""Fixtures: a running server, and agents beside it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness import AgentProcess, Server, running_server
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server with its embedded agent of four slots."""
+    async with running_server(tmp_path / "server", "--slots", "4") as server:
+        yield server
+
+
+@pytest.fixture
+async def bare_server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server without an agent of its own, whose leases are short."""
+    environment = {"LEASE": "3", "KILL_GRACE": "1"}
+    async with running_server(
+        tmp_path / "server", "--no-agent", environment=environment
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+async def new_agent(bare_server: Server) -> AsyncIterator[Callable[[str], AgentProcess]]:
+    """Makes agents for ``bare_server``; those still alive at the end are killed."""
+    made: list[AgentProcess] = []
+
+    def make(name: str) -> AgentProcess:
+        made.append(AgentProcess(bare_server, name))
+        return made[-1]
+
+    yield make
+    for agent in made:
+        if agent.process is not None:
+            await agent.kill()
