@@ -132,6 +132,8 @@ class Agent:
                     log.info("event=connection_failed error=%r", str(error))
                 except protocol.ProtocolError as error:
                     log.warning("event=server_error error=%r", str(error))
+                if _is_cancelled():
+                    raise asyncio.CancelledError
                 # full jitter: agents of a restarted server must not come back all at once
                 await asyncio.sleep(random.uniform(_FIRST_RETRY_SECONDS / 2, pause))
                 pause = min(pause * 2, _LAST_RETRY_SECONDS)
@@ -373,6 +375,16 @@ class Agent:
 
 class _ConnectionEnded(Exception):
     """The connection is over, as connections are; another one follows."""
+
+
+def _is_cancelled() -> bool:
+    """Whether this task was cancelled and the cancellation got lost.
+
+    A TaskGroup that is cancelled while its body or a child fails raises the failure only
+    (CPython 3.11 to 3.12, gh-116720).
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

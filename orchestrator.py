@@ -140,6 +140,8 @@ async def _run_agent(url: str, settings: Settings, token: str) -> int:
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
+        # whoever reads the server's output must not wait for the agent to end it
+        stdout=asyncio.subprocess.DEVNULL,
         env=environment,
         # Ctrl-C in the terminal is for the server, which then stops the agent
         start_new_session=True,

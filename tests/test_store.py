@@ -1,0 +1,314 @@
+"""The promises of the store, on a real file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import store as store_module
+from protocol import CHUNK_BYTES, Finished, JobState
+from store import (
+    IllegalTransition,
+    QueuedJob,
+    ResultMismatch,
+    Store,
+    StoreRefused,
+    Superseded,
+    read_agent_token,
+)
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Store]:
+    """A store that runs, as in the server."""
+    store = await Store.open(str(path))
+    running = asyncio.create_task(store.run())
+    try:
+        yield store
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await store.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "orchestrator.db"
+
+
+@pytest.fixture
+async def store(path: Path) -> AsyncIterator[Store]:
+    async with opened(path) as store:
+        await store.note_agent("agent-1", "one")
+        yield store
+
+
+async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> QueuedJob:
+    upload = store.new_upload()
+    upload.start_file("run.sh")
+    await upload.write(content)
+    await upload.finish_file()
+    return await upload.commit(user_id, "example", "uploaded")
+
+
+async def run_job(store: Store, job: QueuedJob) -> int:
+    """Bring a job to Running; returns the attempt's id."""
+    assignment = await store.begin_attempt(job.id, "agent-1", "test")
+    await store.advance(assignment.attempt_id, JobState.SUBMITTED, "test")
+    await store.advance(assignment.attempt_id, JobState.RUNNING, "test")
+    return assignment.attempt_id
+
+
+def report(attempt_id: int, result: bytes, state: JobState = JobState.COMPLETED) -> Finished:
+    digest = hashlib.sha256(result).hexdigest()
+    return Finished(attempt_id, state, 0, "", len(result), digest)
+
+
+def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(sql).fetchall()
+
+
+async def eventually_no_chunks(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while rows(path, "SELECT count(*) FROM chunk") != [(0,)]:
+        assert time.monotonic() < deadline, rows(path, "SELECT id, state FROM blob")
+        await asyncio.sleep(0.01)
+
+
+async def test_files_come_back_as_they_went_in(store: Store) -> None:
+    contents = [b"", b"x", bytes(range(256)) * 5000, b"y" * CHUNK_BYTES, b"z" * (CHUNK_BYTES + 1)]
+    upload = store.new_upload()
+    for number, content in enumerate(contents):
+        upload.start_file(f"file {number}")
+        for start in range(0, len(content), 100_000):
+            await upload.write(content[start : start + 100_000])
+        await upload.finish_file()
+    job = await upload.commit(1, "example", "uploaded")
+    assignment = await store.begin_attempt(job.id, "agent-1", "test")
+    stream, whole = b"", b"".join(contents)
+    while len(stream) < len(whole):
+        stream += await store.read_files(assignment.files, len(stream))
+    assert stream == whole
+    digests = [hashlib.sha256(content).hexdigest() for content in contents]
+    assert [file.spec.sha256 for file in assignment.files] == digests
+
+
+async def test_a_commit_is_visible_to_others_before_it_is_acknowledged(
+    store: Store, path: Path
+) -> None:
+    job = await make_job(store)
+    assert rows(path, "SELECT id, state FROM job") == [(job.id, "Queued")]
+    assert rows(path, "PRAGMA journal_mode") == [("wal",)]
+
+
+async def test_writes_that_wait_together_share_a_transaction(store: Store) -> None:
+    commits = 0
+
+    def count(statement: str) -> None:
+        nonlocal commits
+        commits += statement == "COMMIT"
+
+    await store._connections[0].set_trace_callback(count)
+    await asyncio.gather(*(make_job(store) for _ in range(200)))
+    assert commits < 20
+
+
+async def test_one_failing_operation_does_not_fail_its_neighbours(store: Store) -> None:
+    job = await make_job(store)
+    outcomes = await asyncio.gather(
+        store.probe(),
+        store.begin_attempt(job.id, "no such agent", "test"),
+        make_job(store),
+        return_exceptions=True,
+    )
+    assert outcomes[0] is None
+    assert isinstance(outcomes[1], sqlite3.IntegrityError)
+    assert isinstance(outcomes[2], QueuedJob)
+    status = await store.job_status(job.id)
+    assert status is not None
+    assert status.state is JobState.QUEUED
+
+
+async def test_an_abandoned_upload_leaves_no_row_and_no_bytes(store: Store, path: Path) -> None:
+    upload = store.new_upload()
+    upload.start_file("run.sh")
+    await upload.write(bytes(5 * 1024 * 1024))
+    await upload.abandon()
+    await eventually_no_chunks(path)
+    assert rows(path, "SELECT count(*) FROM job") == [(0,)]
+    assert rows(path, "SELECT count(*) FROM blob") == [(0,)]
+
+
+async def test_an_upload_cut_short_by_a_crash_is_cleaned_at_start(path: Path) -> None:
+    async with opened(path) as store:
+        await make_job(store, b"stays")
+        upload = store.new_upload()
+        upload.start_file("run.sh")
+        await upload.write(bytes(5 * 1024 * 1024))
+        await store.probe()  # what was flushed before is committed now
+        assert rows(path, "SELECT count(*) FROM blob WHERE state = 'open'") == [(1,)]
+    async with opened(path):
+        deadline = time.monotonic() + 10
+        while rows(path, "SELECT count(*) FROM chunk") != [(1,)]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+    assert rows(path, "SELECT count(*) FROM job") == [(1,)]
+
+
+async def test_a_second_server_on_the_file_is_refused(store: Store, path: Path) -> None:
+    with pytest.raises(StoreRefused, match="another server"):
+        await Store.open(str(path))
+    await store.probe()
+
+
+async def test_a_newer_file_a_foreign_file_and_a_damaged_file_are_refused(tmp_path: Path) -> None:
+    newer, foreign, damaged = tmp_path / "newer", tmp_path / "foreign", tmp_path / "damaged"
+    async with opened(newer):
+        pass
+    with contextlib.closing(sqlite3.connect(newer)) as db:
+        db.execute(f"PRAGMA user_version = {len(store_module.MIGRATIONS) + 1}")
+    with contextlib.closing(sqlite3.connect(foreign)) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    damaged.write_bytes(b"not a database" * 1000)
+    for path, reason in ((newer, "newer"), (foreign, "another program"), (damaged, "not a data")):
+        before = path.read_bytes()
+        with pytest.raises(StoreRefused, match=reason):
+            await Store.open(str(path))
+        assert path.read_bytes() == before
+
+
+async def test_every_transition_is_written_to_the_history(store: Store) -> None:
+    job = await make_job(store)
+    attempt_id = await run_job(store, job)
+    await store.finish(report(attempt_id, b"result"), 0, [b"result"])
+    history = await store.history(job.id)
+    assert [transition.after for transition in history] == [
+        JobState.QUEUED,
+        JobState.PROCESSING,
+        JobState.SUBMITTED,
+        JobState.RUNNING,
+        JobState.COMPLETED,
+    ]
+    assert [transition.before for transition in history[1:]] == [
+        transition.after for transition in history[:-1]
+    ]
+
+
+async def test_the_history_is_append_only(store: Store, path: Path) -> None:
+    await make_job(store)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        for sql in ("UPDATE history SET reason = 'x'", "DELETE FROM history"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                db.execute(sql)
+
+
+async def test_a_transition_that_the_table_does_not_allow_changes_nothing(store: Store) -> None:
+    job = await make_job(store)
+    assignment = await store.begin_attempt(job.id, "agent-1", "test")
+    with pytest.raises(IllegalTransition):
+        await store.finish(report(assignment.attempt_id, b"r"), 0, [b"r"])
+    with pytest.raises(IllegalTransition):
+        await store.begin_attempt(job.id, "agent-1", "again")
+    status = await store.job_status(job.id)
+    assert status is not None
+    assert status.state is JobState.PROCESSING
+    assert await store.result_size(assignment.attempt_id) == 0
+
+
+async def test_an_older_attempt_can_do_nothing(store: Store) -> None:
+    job = await make_job(store)
+    old = await run_job(store, job)
+    await store.append_result(old, 0, [bytes(CHUNK_BYTES)])
+    assert await store.requeue(old, "lost", 3) is JobState.QUEUED
+    new = await run_job(store, job)
+    for late in (
+        store.advance(old, JobState.RUNNING, "late"),
+        store.append_result(old, CHUNK_BYTES, [b"x"]),
+        store.finish(report(old, b"late"), 0, [b"late"]),
+        store.requeue(old, "late", 3),
+        store.reject(old, "late"),
+    ):
+        with pytest.raises(Superseded):
+            await late
+    await store.finish(report(new, b"new"), 0, [b"new"])
+    result = await store.result(job.id)
+    assert result is not None
+    assert await store.read_chunk(result.blob_id, 0) == b"new"
+
+
+async def test_a_repeated_finish_does_no_harm(store: Store) -> None:
+    job = await make_job(store)
+    attempt_id = await run_job(store, job)
+    for _ in range(2):
+        await store.finish(report(attempt_id, b"result"), 0, [b"result"])
+    assert len(await store.history(job.id)) == 5
+
+
+async def test_a_result_of_another_length_is_refused(store: Store) -> None:
+    job = await make_job(store)
+    attempt_id = await run_job(store, job)
+    with pytest.raises(ResultMismatch):
+        await store.finish(report(attempt_id, b"whole"), 0, [b"who"])
+    with pytest.raises(ResultMismatch):
+        await store.append_result(attempt_id, CHUNK_BYTES, [b"gap"])
+    assert await store.result(job.id) is None
+    assert await store.result_size(attempt_id) == 0
+
+
+async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: Store) -> None:
+    job = await make_job(store)
+    undelivered = await store.begin_attempt(job.id, "agent-1", "test")
+    assert await store.requeue(undelivered.attempt_id, "lost", 2) is JobState.QUEUED
+    assert await store.requeue(await run_job(store, job), "lost", 2) is JobState.QUEUED
+    assert await store.requeue(await run_job(store, job), "agent gone", 2) is JobState.FAILED
+    status = await store.job_status(job.id)
+    assert status is not None
+    assert status.message == "agent gone; given up after 2 attempts"
+
+
+async def test_retention_frees_the_bytes_and_shrinks_the_file(store: Store, path: Path) -> None:
+    job = await make_job(store, bytes(8 * 1024 * 1024))
+    attempt_id = await run_job(store, job)
+    await store.finish(report(attempt_id, b"result"), 0, [b"result"])
+    kept = await make_job(store)
+    await store._writer.outside_transaction(store_module._checkpoint)
+    large = path.stat().st_size
+    assert large > 8 * 1024 * 1024
+    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+    deadline = time.monotonic() + 10
+    while path.stat().st_size > large / 10:
+        assert time.monotonic() < deadline, path.stat().st_size
+        await asyncio.sleep(0.01)
+    states = [await store.job_status(job_id) for job_id in (job.id, kept.id)]
+    assert [status.state for status in states if status] == [JobState.CLEANED, JobState.QUEUED]
+
+
+async def test_a_download_that_runs_keeps_its_bytes_from_retention(
+    store: Store, path: Path
+) -> None:
+    job = await make_job(store)
+    attempt_id = await run_job(store, job)
+    chunks = [bytes(CHUNK_BYTES), b"end"]
+    await store.finish(report(attempt_id, b"".join(chunks)), 0, chunks)
+    result = await store.result(job.id)
+    assert result is not None
+    with store.pinned(result.blob_id):
+        assert await store.clean_jobs_final_since(time.time() + 1) == 1
+        await store._erase_all()
+        assert await store.read_chunk(result.blob_id, CHUNK_BYTES) == b"end"
+    await eventually_no_chunks(path)
+
+
+async def test_the_agent_token_stays_and_can_be_read_beside_the_server(
+    store: Store, path: Path
+) -> None:
+    assert read_agent_token(str(path)) == await store.agent_token()
+    assert len(await store.agent_token()) >= 32
