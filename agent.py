@@ -29,7 +29,7 @@ import aiohttp
 import config
 import protocol
 import runner
-from channel import Outbox
+from channel import Outbox, first_failure
 from config import ConfigError
 from protocol import AttemptPhase, Stream
 
@@ -171,7 +171,7 @@ class Agent:
                 await self._receive(socket)
                 raise _ConnectionEnded("the server closed the connection")
         except BaseExceptionGroup as group:
-            raise _first_of(group) from None
+            raise first_failure(group) from None
         finally:
             self._outbox = None
             for held in self._held.values():
@@ -387,13 +387,6 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
-
-
 def _empty(queue: asyncio.Queue[protocol.Frame]) -> None:
     while not queue.empty():
         queue.get_nowait()
@@ -564,7 +557,7 @@ def main() -> int:
         settings = _settings_of(options, _read_token(options))
         asyncio.run(_serve(settings, options))
     except* (ConfigError, AgentRefused) as group:
-        sys.stderr.write(f"orchestrator-agent: {_first_of(group)}\n")
+        sys.stderr.write(f"orchestrator-agent: {first_failure(group)}\n")
         return_code = 2
     else:
         return_code = 0

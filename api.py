@@ -318,10 +318,9 @@ class _Form:
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:
-    """Refuse a request that is too long before its body is sent (RFC 9110, 10.1.1)."""
-    if (request.content_length or 0) > MAX_UPLOAD_BYTES:
-        raise UploadTooLarge
-    if request.transport is not None and request.version >= aiohttp.HttpVersion11:
+    """Ask for the body only if it may come (RFC 9110, 10.1.1); the handler refuses the rest."""
+    is_short_enough = (request.content_length or 0) <= MAX_UPLOAD_BYTES
+    if is_short_enough and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     return None
 

@@ -55,7 +55,7 @@ class Outbox:
         self._wake.set()
 
     def open(self, transfer: int, source: Source, offset: int, end: int) -> None:
-        """Start to send a transfer at ``offset`` (the receiver has what is before), up to ``end``."""
+        """Start to send a transfer at ``offset``, below which the receiver has it, up to ``end``."""
         self._sending[transfer] = _Sending(source, offset, offset, end)
         self._mark_ready(transfer)
 
@@ -110,3 +110,11 @@ class Outbox:
         sending.offset = max(sending.offset, offset + len(data))
         self._mark_ready(transfer)
         await socket.send_bytes(protocol.encode_frame(transfer, offset, data))
+
+
+def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return what a task group failed of first; the rest is what its end brought about."""
+    failure: BaseException = group
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure

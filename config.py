@@ -167,7 +167,7 @@ def checked_agent_name(name: str) -> str:
 
 
 def checked_token(token: str) -> str:
-    """Return ``token`` without surrounding white space if it is one; raises :class:`ConfigError`."""
+    """Return ``token`` without white space around it; raises :class:`ConfigError`."""
     try:
         return _token(token.strip())
     except ValueError as error:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import config
 import protocol
-from channel import Outbox, Socket
+from channel import Outbox, Socket, first_failure
 from config import ServiceLimits, Settings
 from protocol import ProtocolError, Stream
 from store import (
@@ -453,9 +453,7 @@ class _Session:
         try:
             await self._serve()
         except* (ProtocolError, IllegalTransition, ResultMismatch) as group:
-            error = group.exceptions[0]
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
+            error = first_failure(group)
             log.warning("event=agent_error address=%s error=%r", self.address, str(error))
             await self.close(str(error), code=1002)
         except* (ConnectionError, _ConnectionEnded):
@@ -695,11 +693,13 @@ class _Session:
                     self._outbox.put(protocol.Drop(attempt.id, "lost"))
                     return
                 case protocol.Rejected():
-                    store, reason = self._store, item.reason
-                    await self._dispatcher.durably(lambda: store.reject(attempt.id, reason))
-                    self._outbox.put(protocol.Drop(attempt.id, "rejected"))
-                    self._end(attempt, protocol.JobState.INVALID)
+                    await self._reject(attempt, item.reason)
                     return
+
+    async def _reject(self, attempt: _Attempt, reason: str) -> None:
+        await self._dispatcher.durably(lambda: self._store.reject(attempt.id, reason))
+        self._outbox.put(protocol.Drop(attempt.id, "rejected"))
+        self._end(attempt, protocol.JobState.INVALID)
 
     def _close_inbox(self, attempt_id: int) -> None:
         self._outbox.close(protocol.transfer_id(attempt_id, Stream.INPUT))
@@ -795,7 +795,7 @@ class _Session:
 
 
 def _append_frame(incoming: _Incoming, frame: protocol.Frame, chunks: list[bytes]) -> None:
-    """Check that a frame continues the result, and take its bytes; a repeated one is passed over."""
+    """Check that a frame continues the result and take its bytes; pass over a repeated one."""
     if frame.offset < incoming.offset:
         return
     left = incoming.report.result_size - frame.offset

@@ -18,9 +18,10 @@ from aiohttp import web
 import api
 import config
 import demo
+from channel import first_failure
 from config import ConfigError, Settings
 from dispatch import Dispatcher
-from store import Store, StoreError, StoreFull, StoreRefused, StoreUnavailable, read_agent_token
+from store import Store, StoreError, StoreFull, StoreUnavailable, read_agent_token
 
 log = logging.getLogger("orchestrator")
 
@@ -255,11 +256,8 @@ def main() -> int:
     with contextlib.suppress(KeyboardInterrupt):
         try:
             code = _run_command(options)
-        except* (ConfigError, StartError, StoreRefused, StoreError) as group:
-            for error in group.exceptions:
-                while isinstance(error, BaseExceptionGroup):
-                    error = error.exceptions[0]
-                sys.stderr.write(f"orchestrator: {error}\n")
+        except* (ConfigError, StartError, StoreError) as group:
+            sys.stderr.write(f"orchestrator: {first_failure(group)}\n")
             code = 2
     return code
 

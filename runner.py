@@ -191,7 +191,7 @@ class JobDirectory:
             raise protocol.ProtocolError(f"attempt {self.assign.attempt_id}: too much input")
 
     def accept_input(self) -> None:
-        """Check the whole input, and mark it as accepted. Raises :class:`JobLost` if it is wrong."""
+        """Check the whole input and mark it as accepted. Raises :class:`JobLost` if it is wrong."""
         for file in self.assign.files:
             path = self.path / "job" / file.name
             if file.size == 0:
@@ -555,11 +555,7 @@ def _add(archive: zipfile.ZipFile, entry: _Entry) -> bool:
 
 
 def _add_log(archive: zipfile.ZipFile, path: Path, name: str) -> None:
-    try:
-        source = open(path, "rb")
-    except FileNotFoundError:
-        return
-    with source:
+    with suppress(FileNotFoundError), open(path, "rb") as source:
         _copy_into(archive, _zip_info(name, os.fstat(source.fileno())), source)
 
 

@@ -363,7 +363,7 @@ class _Writer:
         try:
             with _translated():
                 result = await self._connection.call(operation.function)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is the caller's, who awaits it
             _fail(operation.future, error)
         else:
             _fulfil(operation.future, result)
@@ -373,7 +373,7 @@ class _Writer:
         try:
             with _translated():
                 outcomes = await self._connection.call(lambda db: _run_batch(db, functions))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is the callers', who await it
             for operation in batch:
                 _fail(operation.future, error)
             return

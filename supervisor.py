@@ -10,6 +10,7 @@ Linux only: a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) becomes the parent of
 orphan below it, so that a double fork or setsid() does not escape.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -85,10 +86,8 @@ def _start_job() -> int:
 
 
 def _report_ready(descriptor: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the agent died meanwhile; its successor finds us
         os.write(descriptor, b"1")
-    except OSError:
-        pass  # the agent died meanwhile; its successor finds the process file
     os.close(descriptor)
 
 
@@ -159,10 +158,9 @@ def _end_tree(grace: float) -> None:
 
 def _signal_all(pids: set[int], number: signal.Signals) -> None:
     for pid in pids:
-        try:
+        # gone already, or a setuid program, which only root may signal
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass  # gone already, or a setuid program, which only root may signal
 
 
 def _descendants() -> set[int]:

@@ -21,9 +21,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 async def bare_server(tmp_path: Path) -> AsyncIterator[Server]:
     """A server without an agent of its own, whose leases are short."""
     environment = {"LEASE": "3", "KILL_GRACE": "1"}
-    async with running_server(
-        tmp_path / "server", "--no-agent", environment=environment
-    ) as server:
+    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
         yield server
 
 

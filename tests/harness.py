@@ -64,9 +64,7 @@ async def run(*command: str, cwd: Path | None = None, stdin: bytes = b"") -> tup
 
 async def curl(*arguments: str, cwd: Path | None = None) -> Answer:
     """Run curl as a user would; fails the test if it gets no answer."""
-    code, output = await run(
-        "curl", "-sS", "-o", "-", "-w", "\n%{http_code}", *arguments, cwd=cwd
-    )
+    code, output = await run("curl", "-sS", "-o", "-", "-w", "\n%{http_code}", *arguments, cwd=cwd)
     assert code == 0, output
     body, _, status = output.rpartition(b"\n")
     return Answer(int(status), body)
@@ -141,12 +139,19 @@ class Server:
                     found.append(process)
         return found
 
-    def agent_pid(self) -> int:
-        """Process id of the embedded agent."""
-        for process in psutil.Process(self.pid).children():
-            if any(word.endswith("agent.py") for word in process.cmdline()):
-                return process.pid
-        raise AssertionError("the server has no agent")
+    async def agent_pid(self) -> int:
+        """Wait for the embedded agent; returns its process id."""
+        found: list[int] = []
+
+        def is_there() -> bool:
+            for process in psutil.Process(self.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if any(word.endswith("agent.py") for word in process.cmdline()):
+                        found.append(process.pid)
+            return bool(found)
+
+        await eventually(is_there, "the server has its agent")
+        return found[0]
 
     async def upload(
         self,
@@ -266,8 +271,6 @@ async def running_server(
         yield server
     finally:
         await server.clean_up()
-
-
 
 
 def lines(path: Path) -> list[str]:

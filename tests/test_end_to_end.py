@@ -117,7 +117,8 @@ async def test_a_job_gets_its_directory_and_environment_and_no_secret(tmp_path: 
         assert "password" not in variables
         assert archive.read("stdin.txt") == b""
         assert b"two words.txt\n" in archive.read("ls.txt")
-        agent_environment = Path(f"/proc/{server.agent_pid()}/environ").read_bytes()
+        agent_pid = await server.agent_pid()
+        agent_environment = Path(f"/proc/{agent_pid}/environ").read_bytes()
         assert token.encode() not in agent_environment
 
 
@@ -258,7 +259,9 @@ async def test_retention_cleans_and_the_download_says_so(tmp_path: Path) -> None
     async with running_server(tmp_path / "server", environment={"MAX_AGE": "2"}) as server:
         job_id = await server.upload("head -c 5000000 /dev/urandom > out.bin")
         await server.result(job_id)
-        await server.wait(job_id, "Cleaned")
+        cleaned = "SELECT count(*) FROM job WHERE state = 'Cleaned'"
+        await eventually(lambda: server.query(cleaned) == [(1,)], "the job is cleaned")
+        assert (await server.status(job_id))["status"] == "Cleaned"
         await eventually(
             lambda: server.query("SELECT count(*) FROM chunk") == [(0,)], "bytes are freed"
         )
@@ -274,7 +277,7 @@ async def test_a_stop_is_clean_and_its_jobs_go_on_after_the_next_start(
     running = await server.upload(f"echo start >> {witness}; read line < {go}; echo $line > out")
     await server.wait(running, "Running")
     await eventually(lambda: lines(witness) == ["start"], "the job is under way")
-    agent_pid = server.agent_pid()
+    agent_pid = await server.agent_pid()
     assert await server.stop(number) == 0
     assert not psutil.pid_exists(agent_pid)
     assert "Traceback" not in server.log()
@@ -288,7 +291,7 @@ async def test_a_stop_is_clean_and_its_jobs_go_on_after_the_next_start(
 
 async def test_idle_the_server_and_its_agent_use_next_to_no_time(server: Server) -> None:
     await server.result(await server.upload("true"))
-    processes = [psutil.Process(server.pid), psutil.Process(server.agent_pid())]
+    processes = [psutil.Process(server.pid), psutil.Process(await server.agent_pid())]
 
     def used() -> float:
         return sum(p.cpu_times().user + p.cpu_times().system for p in processes)
@@ -301,9 +304,7 @@ async def test_idle_the_server_and_its_agent_use_next_to_no_time(server: Server)
 
 
 async def test_the_demo_shows_a_real_result(tmp_path: Path) -> None:
-    code, output = await run(
-        sys.executable, str(PROJECT / "orchestrator.py"), "demo", cwd=tmp_path
-    )
+    code, output = await run(sys.executable, str(PROJECT / "orchestrator.py"), "demo", cwd=tmp_path)
     assert code == 0, output
     text = output.decode()
     for expected in ("Completed", "orchestrator-demo.zip", "table.txt"):

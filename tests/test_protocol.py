@@ -22,7 +22,7 @@ from protocol import (
 
 _INTEGERS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 _NUMBERS = st.floats(min_value=-1e11, max_value=1e11)
-_TEXT = st.text(st.characters(exclude_categories=("Cs",)))
+_TEXT = st.text(st.characters(codec="utf-8"))
 for _scalar, _strategy in ((int, _INTEGERS), (float, _NUMBERS), (str, _TEXT)):
     st.register_type_strategy(_scalar, _strategy)
 _MESSAGES = st.one_of(*(st.from_type(cls) for cls in typing.get_args(protocol.Message)))

@@ -1,0 +1,69 @@
+"""Types, lint and layout, so that one test command checks all of it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import PROJECT, run
+
+MAY_IMPORT = {
+    "protocol": set[str](),
+    "config": set[str](),
+    "supervisor": set[str](),
+    "channel": {"protocol"},
+    "store": {"protocol"},
+    "dispatch": {"protocol", "channel", "store", "config"},
+    "api": {"protocol", "store", "dispatch", "config"},
+    "demo": {"api"},
+    "orchestrator": {"protocol", "channel", "store", "dispatch", "config", "api", "demo"},
+    "runner": {"protocol"},
+    "agent": {"protocol", "channel", "runner", "config"},
+}
+"""The imports that docs/architecture.md allows."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["mypy"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]],
+    ids=lambda command: " ".join(command),
+)
+async def test_the_checkers_find_nothing(command: list[str]) -> None:
+    code, output = await run(sys.executable, "-m", *command, cwd=PROJECT)
+    assert code == 0, output.decode()
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_imports_go_one_way() -> None:
+    modules = {path.stem: path for path in PROJECT.glob("*.py")}
+    assert set(modules) == set(MAY_IMPORT)
+    for name, path in modules.items():
+        assert _imports(path) & set(modules) <= MAY_IMPORT[name], name
+
+
+def test_sql_only_in_the_store_and_no_print_in_library_code() -> None:
+    for path in PROJECT.glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
+        if path.stem != "store":
+            assert "sqlite" not in "".join(_imports(path)), path
+
+
+def test_the_ci_runs_the_test_command_of_the_readme() -> None:
+    readme = (PROJECT / "README.md").read_text()
+    command = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest"
+    assert command in readme
+    assert (PROJECT / ".ci" / "run").read_text().endswith(f"{command}\n")
