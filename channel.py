@@ -55,7 +55,7 @@ class Outbox:
         self._wake.set()
 
     def open(self, transfer: int, source: Source, offset: int, end: int) -> None:
-        """Start to send a transfer at ``offset``, below which the receiver has it, up to ``end``."""
+        """Begin to send a transfer, from ``offset`` (what is before is there) to ``end``."""
         self._sending[transfer] = _Sending(source, offset, offset, end)
         self._mark_ready(transfer)
 

@@ -25,6 +25,7 @@ from store import (
     ActiveJob,
     Assignment,
     IllegalTransition,
+    Loss,
     QueuedJob,
     ResultMismatch,
     Store,
@@ -214,15 +215,17 @@ class Dispatcher:
         sessions = list(self._sessions)
         await asyncio.gather(*(session.close("server is stopping") for session in sessions))
 
+    async def wait_loaded(self) -> None:
+        """Wait until :meth:`run` has read the state; jobs may be enqueued only then."""
+        await self._is_loaded.wait()
+
     def enqueue(self, job: QueuedJob) -> None:
         """Put a committed job in line."""
-        if self._is_loaded.is_set():  # before that, loading finds it in the store
-            self._queue.add(job)
-            self._wake.set()
+        self._queue.add(job)
+        self._wake.set()
 
     async def serve_agent(self, socket: AgentSocket, address: str) -> None:
         """Talk to one agent until its connection ends."""
-        await self._is_loaded.wait()
         session = _Session(self, socket, address)
         self._sessions.add(session)
         try:
@@ -368,12 +371,11 @@ class Dispatcher:
             self._queue.release(attempt.job)
             self._wake.set()
 
-    async def give_back(self, agent: _Agent, attempt: _Attempt, reason: str) -> None:
+    async def give_back(self, agent: _Agent, attempt: _Attempt, loss: Loss, reason: str) -> None:
         """An attempt was lost: queue its job again, unless it was the last allowed try."""
+        limit = self.settings.max_attempts
         try:
-            state = await self.durably(
-                lambda: self.store.requeue(attempt.id, reason, self.settings.max_attempts)
-            )
+            state = await self.durably(lambda: self.store.requeue(attempt.id, loss, reason, limit))
         except Superseded:
             self.forget(agent, attempt)
             return
@@ -408,7 +410,7 @@ class Dispatcher:
         for attempt in list(agent.attempts.values()):
             if agent.session is not None:
                 return  # it came back while the attempts before were given back
-            await self.give_back(agent, attempt, reason)
+            await self.give_back(agent, attempt, Loss.AGENT_AWAY, reason)
         if agent.session is None and not agent.attempts and not agent.reserved:
             self._agents.pop(agent.id, None)
 
@@ -564,7 +566,7 @@ class _Session:
                 self._send_input(held.attempt_id, files, held.input_offset)
         for attempt in missing:
             reason = f"agent {agent.name} does not have the job any more"
-            await self._dispatcher.give_back(agent, attempt, reason)
+            await self._dispatcher.give_back(agent, attempt, Loss.AGENT_AWAY, reason)
 
     async def _receive(self) -> None:
         async for frame in self._frames:
@@ -582,7 +584,7 @@ class _Session:
         """End a half-open connection: nothing came for some heartbeats."""
         limit = _SILENT_HEARTBEATS * _heartbeat_seconds(self._dispatcher.settings)
         loop = asyncio.get_running_loop()
-        while (left := self._heard_at + limit - loop.time()) > 0:
+        while (left := self._heard_at + limit - loop.time()) > 0:  # noqa: ASYNC110 - no poll: the deadline moves
             await asyncio.sleep(left)
         log.warning("event=agent_silent agent=%s seconds=%g", self._agent.name, limit)
         raise _ConnectionEnded
@@ -689,7 +691,7 @@ class _Session:
                         return
                 case protocol.Lost():
                     reason = f"agent {self._agent.name} lost it: {item.reason}"
-                    await self._dispatcher.give_back(self._agent, attempt, reason)
+                    await self._dispatcher.give_back(self._agent, attempt, Loss.REPORTED, reason)
                     self._outbox.put(protocol.Drop(attempt.id, "lost"))
                     return
                 case protocol.Rejected():

@@ -77,6 +77,7 @@ async def _serve_store(
         shutdown_timeout=_STOP_REQUESTS_SECONDS,
     )
     await runner.setup()
+    await dispatcher.wait_loaded()
     agent: asyncio.Task[None] | None = None
     try:
         url = await _listen(runner, settings)

@@ -56,10 +56,16 @@ class JobState(enum.StrEnum):
 
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.PROCESSING, JobState.INVALID, JobState.KILLED}),
+    # Failed, here and below: the last allowed attempt was lost
     JobState.PROCESSING: frozenset(
-        {JobState.SUBMITTED, JobState.QUEUED, JobState.INVALID, JobState.KILLED}
+        {
+            JobState.SUBMITTED,
+            JobState.QUEUED,
+            JobState.INVALID,
+            JobState.FAILED,
+            JobState.KILLED,
+        }
     ),
-    # Failed: the last allowed attempt was lost before its process was seen to start.
     JobState.SUBMITTED: frozenset(
         {JobState.RUNNING, JobState.QUEUED, JobState.FAILED, JobState.KILLED}
     ),

@@ -49,6 +49,7 @@ _DIRECTORY_VARIABLE = "ORCHESTRATOR_JOB_DIRECTORY"
 _COPY_BYTES = 1024 * 1024
 _SAMPLE_BYTES = 64 * 1024
 _KILL_PAUSE_SECONDS = 0.01
+_REMOVED_SUFFIX = ".removed"
 
 _PASSED_VARIABLES = frozenset(
     [
@@ -133,6 +134,9 @@ class JobDirectory:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         found: list[JobDirectory] = []
         for path in sorted(root.iterdir()):
+            if path.name.endswith(_REMOVED_SUFFIX):
+                _remove_tree(path)
+                continue
             try:
                 message = protocol.decode((path / "attempt.json").read_text(encoding="utf-8"))
             except (OSError, protocol.ProtocolError) as error:
@@ -158,7 +162,7 @@ class JobDirectory:
     def remove(self) -> None:
         """Remove everything."""
         # renamed first: half a directory must not be taken for an attempt after a crash
-        doomed = self.path.with_name(f"{self.path.name}.removed")
+        doomed = self.path.with_name(self.path.name + _REMOVED_SUFFIX)
         with suppress(FileNotFoundError):
             self.path.rename(doomed)
         _remove_tree(doomed)

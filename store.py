@@ -13,6 +13,7 @@ doomed, except the partial result of an attempt that may still go on.
 from __future__ import annotations
 
 import asyncio
+import enum
 import fcntl
 import hashlib
 import itertools
@@ -208,6 +209,13 @@ class StoredFile:
 
     spec: FileSpec
     blob_id: int
+
+
+class Loss(enum.Enum):
+    """How an attempt was lost, which decides whether it counts against the allowed number."""
+
+    AGENT_AWAY = "the agent is gone; counts only if the job may have started"
+    REPORTED = "the agent tried and could not go on; counts always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1040,16 +1048,19 @@ class Store:
         weight = sum(map(len, tail))
         await self._writer.write(operation, weight if weight > CHUNK_BYTES else 0)
 
-    async def requeue(self, attempt_id: int, reason: str, max_attempts: int) -> JobState:
+    async def requeue(
+        self, attempt_id: int, loss: Loss, reason: str, max_attempts: int
+    ) -> JobState:
         """Take a job from an agent that lost it; returns Queued, or Failed if it was the last try.
 
-        Only attempts that may have started count. Raises :class:`Superseded` if the attempt
-        no longer counts.
+        An attempt that was lost on its way to the agent is not held against the job. Raises
+        :class:`Superseded` if the attempt no longer counts.
         """
 
         def operation(db: sqlite3.Connection) -> JobState:
             job = _active_job_of_attempt(db, attempt_id)
-            lost_starts = job.lost_starts + (job.state is not JobState.PROCESSING)
+            is_undelivered = loss is Loss.AGENT_AWAY and job.state is JobState.PROCESSING
+            lost_starts = job.lost_starts + (not is_undelivered)
             _drop_partial_result(db, attempt_id)
             if lost_starts >= max_attempts:
                 message = f"{reason}; given up after {lost_starts} attempts"

@@ -114,6 +114,20 @@ async def test_a_job_whose_supervisor_is_killed_is_started_again_up_to_the_limit
     assert not [p for p in bare_server.processes() if p.name() == "sleep"]
 
 
+async def test_a_job_that_no_agent_can_hold_fails_with_the_reason(
+    bare_server: Server, new_agent: NewAgent
+) -> None:
+    agent = new_agent("broken")
+    await agent.start()
+    await agent.wait_connected()
+    (agent.workdir / "attempts").rmdir()
+    (agent.workdir / "attempts").write_text("in the way")
+    status = await bare_server.wait(await bare_server.upload("true"))
+    assert status["status"] == "Failed"
+    assert "agent broken lost it" in status["message"]
+    assert "given up after 3 attempts" in status["message"]
+
+
 async def test_large_transfers_go_on_where_they_were_after_kills(
     bare_server: Server, new_agent: NewAgent
 ) -> None:

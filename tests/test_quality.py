@@ -30,7 +30,7 @@ MAY_IMPORT = {
 @pytest.mark.parametrize(
     "command",
     [["mypy"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]],
-    ids=lambda command: " ".join(command),
+    ids=" ".join,
 )
 async def test_the_checkers_find_nothing(command: list[str]) -> None:
     code, output = await run(sys.executable, "-m", *command, cwd=PROJECT)
@@ -64,6 +64,6 @@ def test_sql_only_in_the_store_and_no_print_in_library_code() -> None:
 
 def test_the_ci_runs_the_test_command_of_the_readme() -> None:
     readme = (PROJECT / "README.md").read_text()
-    command = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest"
+    command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
     assert command in readme
     assert (PROJECT / ".ci" / "run").read_text().endswith(f"{command}\n")

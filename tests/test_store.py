@@ -16,6 +16,7 @@ import store as store_module
 from protocol import CHUNK_BYTES, Finished, JobState
 from store import (
     IllegalTransition,
+    Loss,
     QueuedJob,
     ResultMismatch,
     Store,
@@ -227,13 +228,13 @@ async def test_an_older_attempt_can_do_nothing(store: Store) -> None:
     job = await make_job(store)
     old = await run_job(store, job)
     await store.append_result(old, 0, [bytes(CHUNK_BYTES)])
-    assert await store.requeue(old, "lost", 3) is JobState.QUEUED
+    assert await store.requeue(old, Loss.AGENT_AWAY, "lost", 3) is JobState.QUEUED
     new = await run_job(store, job)
     for late in (
         store.advance(old, JobState.RUNNING, "late"),
         store.append_result(old, CHUNK_BYTES, [b"x"]),
         store.finish(report(old, b"late"), 0, [b"late"]),
-        store.requeue(old, "late", 3),
+        store.requeue(old, Loss.AGENT_AWAY, "late", 3),
         store.reject(old, "late"),
     ):
         with pytest.raises(Superseded):
@@ -265,10 +266,12 @@ async def test_a_result_of_another_length_is_refused(store: Store) -> None:
 
 async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: Store) -> None:
     job = await make_job(store)
-    undelivered = await store.begin_attempt(job.id, "agent-1", "test")
-    assert await store.requeue(undelivered.attempt_id, "lost", 2) is JobState.QUEUED
-    assert await store.requeue(await run_job(store, job), "lost", 2) is JobState.QUEUED
-    assert await store.requeue(await run_job(store, job), "agent gone", 2) is JobState.FAILED
+    undelivered = (await store.begin_attempt(job.id, "agent-1", "test")).attempt_id
+    assert await store.requeue(undelivered, Loss.AGENT_AWAY, "lost", 2) is JobState.QUEUED
+    refused = (await store.begin_attempt(job.id, "agent-1", "test")).attempt_id
+    assert await store.requeue(refused, Loss.REPORTED, "disk full", 2) is JobState.QUEUED
+    started = await run_job(store, job)
+    assert await store.requeue(started, Loss.AGENT_AWAY, "agent gone", 2) is JobState.FAILED
     status = await store.job_status(job.id)
     assert status is not None
     assert status.message == "agent gone; given up after 2 attempts"
