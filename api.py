@@ -20,7 +20,7 @@ from aiohttp.typedefs import Middleware
 from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
 import protocol
-from config import MAX_UPLOAD_BYTES, Settings
+from config import MAX_FILES, MAX_UPLOAD_BYTES, Settings
 from dispatch import Dispatcher
 from protocol import JobState
 from store import JobStatus, Store, StoredResult, StoreError, StoreFull, Upload
@@ -69,8 +69,17 @@ def make_application(
     swagger.add_get("/health", api.health)
     swagger.add_post("/upload", api.upload, validate=False, expect_handler=_expect)
     swagger.add_get("/download/{id}", api.download, validate=False)
-    swagger.add_get("/agent", api.agent, allow_head=False, validate=False)
+    swagger.add_get("/agent", api.agent, validate=False)
+    _add_missing_heads(application)
     return application
+
+
+def _add_missing_heads(application: web.Application) -> None:
+    """Allow HEAD where GET is (RFC 9110, 9.3.2), on the documentation's own routes too."""
+    for resource in application.router.resources():
+        handlers = {route.method: route.handler for route in resource}
+        if "GET" in handlers and "HEAD" not in handlers and isinstance(resource, web.Resource):
+            resource.add_route("HEAD", handlers["GET"])
 
 
 # --- answers ----------------------------------------------------------------------
@@ -312,7 +321,7 @@ class _AgentSocket(web.WebSocketResponse):
 
 @dataclass(slots=True)
 class _Form:
-    files: list[str]
+    files: set[str]
     user_id: str | None = None
     service: str | None = None
 
@@ -327,7 +336,7 @@ async def _expect(request: web.Request) -> web.StreamResponse | None:
 
 async def _read_form(request: web.Request, upload: Upload) -> _Form:
     """Read the whole form, its files into ``upload``."""
-    form = _Form(files=[])
+    form = _Form(files=set())
     try:
         reader = await request.multipart()
         while (part := await reader.next()) is not None:
@@ -379,7 +388,9 @@ async def _read_file(
         raise BadUpload(f"file: the name {name[:80]!r} {problem}")
     if name in form.files:
         raise BadUpload(f"file: the name {name!r} is there twice")
-    form.files.append(name)
+    if len(form.files) == MAX_FILES:
+        raise BadUpload(f"file: there are more than {MAX_FILES} files; send them as an archive")
+    form.files.add(name)
     upload.start_file(name)
     while data := await part.read_chunk(_READ_BYTES):
         _check_length(request)
@@ -440,7 +451,7 @@ def _checked_user_id(text: str | None) -> int:
     return int(text)
 
 
-def _check_files(names: list[str]) -> None:
+def _check_files(names: set[str]) -> None:
     if not names:
         raise BadUpload("file: missing, at least one file is needed")
     if protocol.RUN_SCRIPT not in names:

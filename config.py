@@ -25,6 +25,9 @@ AGENT_TOKEN_VARIABLE = "ORCHESTRATOR_AGENT_TOKEN"
 MAX_UPLOAD_BYTES = 400 * 1024 * 1024
 """The largest request body of POST /upload (the API contract's 400 MB, read as MiB)."""
 
+MAX_FILES = 10_000
+"""The largest number of files of one job; its list must fit into one message to the agent."""
+
 _SERVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SERVICE_KEY = re.compile(r"SERVICE_(?P<name>.+)_(?P<limit>RUNS_PER_USER|MAX_RUNS|TIMEOUT)")
 _AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

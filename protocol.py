@@ -26,8 +26,8 @@ CHUNK_BYTES = 256 * 1024
 WINDOW_BYTES = 4 * 1024 * 1024
 """How far a sender may run ahead of the last offset that its receiver acknowledged."""
 
-MAX_TEXT_BYTES = 4 * 1024 * 1024
-"""The longest text frame that is read; a job with ten thousand files fits in half of it."""
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""The longest text frame that is read; ten thousand files with the longest names fit into it."""
 
 RUN_SCRIPT = "run.sh"
 """The file that every job has and that the agent starts with bash."""

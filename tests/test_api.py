@@ -77,7 +77,7 @@ async def test_what_is_not_there_is_answered_in_the_error_shape(idle: Server) ->
 
 
 async def test_head_is_where_get_is(idle: Server) -> None:
-    for path in ("/", "/health"):
+    for path in ("/", "/health", "/swagger-ui/", "/swagger-ui/swagger.json"):
         answer = await curl("-I", f"{idle.url}{path}")
         assert answer.status == 200
         assert b"x-content-type-options: nosniff" in answer.body.lower()
@@ -203,6 +203,27 @@ _OPENING = (
     b'--b\r\nContent-Disposition: form-data; name="file"; filename="run.sh"\r\n\r\n'
 )
 _CLOSING = b"\r\n--b--\r\n"
+
+
+def _form_of(names: list[str]) -> bytes:
+    part = '--b\r\nContent-Disposition: form-data; name="file"; filename="{}"\r\n\r\ntrue\r\n'
+    return "".join(part.format(name) for name in names).encode() + _OPENING + _CLOSING
+
+
+async def test_as_many_files_as_allowed_arrive_and_one_more_is_refused(
+    server: Server, tmp_path: Path
+) -> None:
+    # the longest names there are, in characters that grow on the wire
+    names = [f"{number:05}" + "é" * 125 for number in range(config.MAX_FILES)]
+    form = ("-H", "Content-Type: multipart/form-data; boundary=b", "--data-binary", "@body")
+    (tmp_path / "body").write_bytes(_form_of(names))
+    answer = await curl(*form, f"{server.url}/upload", cwd=tmp_path)
+    assert_error(answer, 400, "more than 10000 files")
+    (tmp_path / "body").write_bytes(_form_of(names[1:]))
+    answer = await curl(*form, f"{server.url}/upload", cwd=tmp_path)
+    assert answer.status == 201, answer
+    archive = await server.result(answer.json()["id"])
+    assert set(archive.namelist()) >= set(names[1:])
 
 
 async def test_a_client_that_disconnects_leaves_no_row_and_no_bytes(idle: Server) -> None:
