@@ -69,6 +69,7 @@ class _Held:
     input: asyncio.Queue[protocol.Frame] = field(default_factory=asyncio.Queue)
     finished: protocol.Finished | None = None
     failure: protocol.Rejected | protocol.Lost | None = None
+    is_ending: bool = False
     released: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -107,7 +108,10 @@ class Agent:
                 for directory in await asyncio.to_thread(
                     runner.JobDirectory.find_all, self._attempts_path
                 ):
-                    self._hold(_Held(directory, directory.phase()))
+                    held = _Held(directory, directory.phase())
+                    is_finished = held.phase is AttemptPhase.FINISHED
+                    held.is_ending = directory.is_to_be_killed() and not is_finished
+                    self._hold(held)
                 log.info(
                     "event=agent_started agent=%s id=%s adopted=%d",
                     self._settings.name,
@@ -228,6 +232,8 @@ class Agent:
             case protocol.Stored():
                 if held := self._held.get(message.attempt_id):
                     held.released.set()
+            case protocol.Kill():
+                self._kill(message.attempt_id)
             case protocol.Drop():
                 self._drop(message.attempt_id, message.reason)
             case protocol.Heartbeat():
@@ -261,6 +267,21 @@ class Agent:
         self._held[held.id] = held
         held.task = self._tasks.create_task(self._drive(held), name=f"attempt {held.id}")
 
+    def _kill(self, attempt_id: int) -> None:
+        """End a job and report what it left; does nothing if it has ended."""
+        held = self._held.get(attempt_id)
+        if held is None or held.task is None or held.is_ending:
+            return
+        if held.phase is AttemptPhase.FINISHED or held.failure is not None:
+            return
+        log.info("event=killing job=%d attempt=%d", held.job_id, attempt_id)
+        held.is_ending = True
+        before = held.task
+        before.cancel()
+        held.task = self._tasks.create_task(
+            self._drive(held, before), name=f"kill attempt {attempt_id}"
+        )
+
     def _drop(self, attempt_id: int, reason: str) -> None:
         held = self._held.get(attempt_id)
         if held is None or held.task is None:
@@ -275,15 +296,22 @@ class Agent:
         assert held.task is not None
         await asyncio.wait([held.task])
         try:
-            await held.directory.kill()
+            if held.directory.path.exists():
+                await held.directory.kill()
             await asyncio.to_thread(held.directory.remove)
         except (OSError, runner.JobLost) as error:
             log.error("event=discard_failed attempt=%d error=%r", held.id, str(error))
 
-    async def _drive(self, held: _Held) -> None:
-        """Bring an attempt from where it is to its end."""
+    async def _drive(self, held: _Held, before: asyncio.Task[None] | None = None) -> None:
+        """Bring an attempt from where it is to its end, once the task ``before`` is over."""
         try:
-            await self._run_job(held)
+            if before is not None:
+                await asyncio.wait([before])
+            if held.is_ending:
+                await self._end_job(held)
+            else:
+                await self._run_job(held)
+            await held.released.wait()
         except runner.JobInvalid as error:
             held.failure = protocol.Rejected(held.id, str(error))
         except runner.JobLost as error:
@@ -312,19 +340,30 @@ class Agent:
             self._enter(held, AttemptPhase.RUNNING)
         if held.phase is AttemptPhase.RUNNING:
             ended = await directory.wait()
+            held.is_ending = True  # from here on there is nothing to kill
             held.finished = await asyncio.to_thread(directory.finish, ended)
             self._enter(held, AttemptPhase.FINISHED)
         else:
             held.finished = await asyncio.to_thread(directory.report)
             self._enter(held, AttemptPhase.FINISHED)
-        await held.released.wait()
+
+    async def _end_job(self, held: _Held) -> None:
+        directory = await self._ensure_directory(held)
+        ended = await directory.kill()
+        if directory.phase() is AttemptPhase.RUNNING and held.phase is AttemptPhase.ACCEPTED:
+            self._enter(held, AttemptPhase.RUNNING)  # it was started before the kill came
+        held.finished = await asyncio.to_thread(directory.finish, ended)
+        self._enter(held, AttemptPhase.FINISHED)
+
+    async def _ensure_directory(self, held: _Held) -> runner.JobDirectory:
+        if not held.directory.path.exists():
+            held.directory = await asyncio.to_thread(
+                runner.JobDirectory.create, self._attempts_path, held.directory.assign
+            )
+        return held.directory
 
     async def _receive_input(self, held: _Held) -> None:
-        directory = held.directory
-        if not directory.path.exists():
-            held.directory = directory = await asyncio.to_thread(
-                runner.JobDirectory.create, self._attempts_path, directory.assign
-            )
+        directory = await self._ensure_directory(held)
         transfer = protocol.transfer_id(held.id, Stream.INPUT)
         while directory.input_offset < directory.input_size:
             frame = await held.input.get()

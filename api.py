@@ -21,7 +21,7 @@ from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
 import protocol
 from config import MAX_FILES, MAX_UPLOAD_BYTES, Settings
-from dispatch import Dispatcher
+from dispatch import AlreadyFinal, Dispatcher
 from protocol import JobState
 from store import JobStatus, Store, StoredResult, StoreError, StoreFull, Upload
 
@@ -69,6 +69,7 @@ def make_application(
     swagger.add_get("/health", api.health)
     swagger.add_post("/upload", api.upload, validate=False, expect_handler=_expect)
     swagger.add_get("/download/{id}", api.download, validate=False)
+    swagger.add_post("/terminate/{id}", api.terminate, validate=False)
     swagger.add_get("/agent", api.agent, validate=False)
     _add_missing_heads(application)
     return application
@@ -111,6 +112,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except UploadTooLarge:
         limit = MAX_UPLOAD_BYTES // (1024 * 1024)
         return _error(413, f"the request is larger than {limit} MB")
+    except AlreadyFinal as error:
+        return _error(409, str(error), _job_id(request))
     except StoreFull as error:
         return _error(507, str(error))
     except StoreError as error:
@@ -196,6 +199,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _job_id(request: web.Request) -> int:
+    """Return the job id of the path; -1, which no job has, for what can't be one."""
+    text = request.match_info["id"]
+    job_id = int(text) if _DIGITS.fullmatch(text) else -1
+    return job_id if job_id <= _LARGEST_INTEGER else -1
+
+
+def _unknown_job(request: web.Request) -> web.Response:
+    job_id = max(_job_id(request), 0)
+    return _error(404, f"there is no job {request.match_info['id']}", job_id)
+
+
 # --- handlers ---------------------------------------------------------------------
 
 
@@ -242,19 +257,22 @@ class _Api:
         return _job(JobStatus(job.id, JobState.QUEUED, message), status=201)
 
     async def download(self, request: web.Request) -> web.StreamResponse:
-        text = request.match_info["id"]
-        job_id = int(text) if _DIGITS.fullmatch(text) else -1
-        if not 0 <= job_id <= _LARGEST_INTEGER:
-            return _error(404, f"there is no job {text}")
+        job_id = _job_id(request)
         job = await self._store.job_status(job_id)
         if job is None:
-            return _error(404, f"there is no job {job_id}", job_id)
+            return _unknown_job(request)
         if job.state is not JobState.COMPLETED:
             return _job(job)
         result = await self._store.result(job_id)
         if result is None:  # retention came between
             return _job(JobStatus(job_id, JobState.CLEANED, ""))
         return await self._send_result(request, job_id, result)
+
+    async def terminate(self, request: web.Request) -> web.StreamResponse:
+        job_id = _job_id(request)
+        # a client that goes away does not take back what it asked for
+        job = await asyncio.shield(self._dispatcher.terminate(job_id))
+        return _unknown_job(request) if job is None else _job(job)
 
     async def _send_result(
         self, request: web.Request, job_id: int, result: StoredResult

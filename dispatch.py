@@ -25,6 +25,7 @@ from store import (
     ActiveJob,
     Assignment,
     IllegalTransition,
+    JobStatus,
     Loss,
     QueuedJob,
     ResultMismatch,
@@ -42,6 +43,8 @@ T = TypeVar("T")
 _HELLO_SECONDS = 10.0
 _PROBE_SECONDS = 2.0
 _CLOSE_SECONDS = 2.0
+_KILL_SECONDS = 30.0  # for what a killed job left to be archived and sent
+_SETTLE_SECONDS = 0.05
 _STORE_RETRY_SECONDS = 1.0
 _SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals is dead
 
@@ -121,6 +124,16 @@ class FairQueue:
         service.active -= 1
         service.update_turn(job.user_id)
 
+    def remove(self, job: QueuedJob) -> bool:
+        """Take a job out of the line; returns whether it was in it. O(n) of the user's queue."""
+        service, user = self._user(job)
+        left = [entry for entry in user.waiting if entry[1] != job.id]
+        was_waiting = len(left) < len(user.waiting)
+        heapq.heapify(left)
+        user.waiting = left
+        service.update_turn(job.user_id)
+        return was_waiting
+
     def _take(self, service: _ServiceQueue) -> QueuedJob:
         user_id, _ = service.turns.popitem(last=False)
         user = service.users[user_id]
@@ -149,6 +162,15 @@ class _Attempt:
     job: QueuedJob
     id: int
     number: int
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class AlreadyFinal(Exception):
+    """The job has ended, so it can't be terminated; ``state`` says how."""
+
+    def __init__(self, state: protocol.JobState) -> None:
+        super().__init__(f"the job is {state} already")
+        self.state = state
 
 
 @dataclass(slots=True)
@@ -196,6 +218,7 @@ class Dispatcher:
         self._agents: dict[str, _Agent] = {}
         self._wake = asyncio.Event()
         self._sessions: set[_Session] = set()
+        self._assigning: dict[int, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup
         self._is_loaded = asyncio.Event()
 
@@ -258,7 +281,8 @@ class Dispatcher:
                 key=_Agent.load,
             )
             agent.reserved += 1
-            self._tasks.create_task(self._assign(job, agent), name=f"assign job {job.id}")
+            task = self._tasks.create_task(self._assign(job, agent), name=f"assign job {job.id}")
+            self._assigning[job.id] = task
 
     def _offered(self) -> frozenset[str] | None:
         """Return the services that agents with a free slot offer; None for all."""
@@ -280,6 +304,7 @@ class Dispatcher:
             self._queue.add(job)
             return
         finally:
+            del self._assigning[job.id]
             agent.reserved -= 1
             self._wake.set()
         attempt = _Attempt(job, assignment.attempt_id, assignment.number)
@@ -370,6 +395,7 @@ class Dispatcher:
         if agent.attempts.pop(attempt.id, None) is not None:
             self._queue.release(attempt.job)
             self._wake.set()
+        attempt.ended.set()
 
     async def give_back(self, agent: _Agent, attempt: _Attempt, loss: Loss, reason: str) -> None:
         """An attempt was lost: queue its job again, unless it was the last allowed try."""
@@ -392,7 +418,57 @@ class Dispatcher:
         self._queue.release(attempt.job)
         if state is protocol.JobState.QUEUED:
             self._queue.add(attempt.job)
+        attempt.ended.set()
         self._wake.set()
+
+    # --- termination
+
+    async def terminate(self, job_id: int) -> JobStatus | None:
+        """End a job; returns once it can neither run nor deliver a result any more.
+
+        Returns None for an unknown job, raises :class:`AlreadyFinal` for one that has ended.
+        """
+        was_asked = False
+        while True:
+            job = await self.store.queued_form(job_id)
+            if job is None:
+                return None
+            status = await self.store.job_status(job_id)
+            assert status is not None
+            if was_asked and status.state is protocol.JobState.KILLED:
+                return status
+            if status.state not in (*protocol.ACTIVE_STATES, protocol.JobState.QUEUED):
+                raise AlreadyFinal(status.state)
+            was_asked = True
+            if self._queue.remove(job):
+                await self._kill_in_store(job_id)
+            elif job_id in self._assigning:
+                await asyncio.wait([self._assigning[job_id]])
+            else:
+                await self._terminate_active(job_id)
+
+    async def _terminate_active(self, job_id: int) -> None:
+        """Let the agent end the job; if it does not, see to it that the attempt counts no more."""
+        for agent in self._agents.values():
+            attempt = next((a for a in agent.attempts.values() if a.job.id == job_id), None)
+            if attempt is not None:
+                break
+        else:
+            # it has just left its agent; the caller looks again, without spinning meanwhile
+            await asyncio.sleep(_SETTLE_SECONDS)
+            return
+        if agent.session is not None and await agent.session.kill(attempt):
+            return
+        await self._kill_in_store(job_id)
+        if agent.session is not None:
+            agent.session.drop(attempt)
+        self.forget(agent, attempt)
+
+    async def _kill_in_store(self, job_id: int) -> None:
+        # if it has just ended by itself, the caller finds that out
+        with suppress(IllegalTransition):
+            await self.durably(lambda: self.store.kill(job_id, "Job terminated"))
+            log.info("event=killed job=%d", job_id)
 
     # --- leases
 
@@ -447,6 +523,7 @@ class _Session:
         self._inbox_bytes: dict[int, int] = {}
         self._tasks: asyncio.TaskGroup
         self._heard = asyncio.Event()
+        self._has_ended = asyncio.Event()
         self._heard_at = 0.0
         self._frames = socket.frames()
 
@@ -494,6 +571,24 @@ class _Session:
         )
         self._send_input(attempt.id, assignment.files, 0)
 
+    async def kill(self, attempt: _Attempt) -> bool:
+        """Ask the agent to end an attempt; returns whether it has, and the result is stored."""
+        if not self.is_welcomed:
+            return False
+        self._outbox.put(protocol.Kill(attempt.id))
+        waits = [asyncio.ensure_future(event.wait()) for event in (attempt.ended, self._has_ended)]
+        limit = self._dispatcher.settings.kill_grace + _KILL_SECONDS
+        try:
+            await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return attempt.ended.is_set()
+
+    def drop(self, attempt: _Attempt) -> None:
+        """Tell the agent that an attempt does not count any more."""
+        self._outbox.put(protocol.Drop(attempt.id, "terminated"))
+
     # --- life of the connection
 
     async def _serve(self) -> None:
@@ -517,6 +612,7 @@ class _Session:
                 raise _ConnectionEnded
         finally:
             log.info("event=agent_disconnected agent=%s", self._agent.name)
+            self._has_ended.set()
             self._dispatcher.detach(self, self._agent)
 
     async def _receive_hello(self) -> protocol.Hello:

@@ -264,6 +264,13 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Kill:
+    """Server wants the job ended; the agent reports what is left of it as finished."""
+
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
     """Server does not want this attempt any more (superseded): kill it and remove it."""
 
@@ -291,6 +298,7 @@ Message: TypeAlias = (
     | Rejected
     | Lost
     | Stored
+    | Kill
     | Drop
     | Acknowledge
 )

@@ -261,11 +261,24 @@ class JobDirectory:
             raise JobLost("the machine was restarted while the job ran")
         raise JobLost(f"the job's supervisor was killed {self._supervisor_errors()}".strip())
 
-    async def kill(self) -> None:
-        """End the job's whole process tree, whatever its state; returns when it is gone."""
-        if not (self.path / "process").exists():
-            return
+    async def kill(self) -> Exit:
+        """End the job's whole process tree, whatever its state; returns when it is gone.
+
+        Says how the job ended, which may have been by itself, just before.
+        """
+        # The mark first: a supervisor that has not made its claim yet sees it after that.
         (self.path / "kill").touch()
+        if (self.path / "process").exists():
+            self._signal_supervisor()
+        with suppress(JobLost):
+            return await self.wait()
+        return Exit(ExitKind.KILLED)
+
+    def is_to_be_killed(self) -> bool:
+        """Whether :meth:`kill` was begun, perhaps by an earlier process of the agent."""
+        return (self.path / "kill").exists()
+
+    def _signal_supervisor(self) -> None:
         identity = self._identity()
         if identity.boot != _boot_id():
             return
@@ -276,8 +289,6 @@ class JobDirectory:
                     signal.pidfd_send_signal(descriptor, signal.SIGTERM)
             finally:
                 os.close(descriptor)
-        with suppress(JobLost):
-            await self.wait()
 
     def _spawn_supervisor(self, ready: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(self.path)]

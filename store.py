@@ -922,6 +922,13 @@ class Store:
         )
         return [QueuedJob(*row) for row in rows]
 
+    async def queued_form(self, job_id: int) -> QueuedJob | None:
+        """Return a job as the scheduler sees it, whatever its state; None if there is none."""
+        rows = await self._read(
+            "SELECT id, user_id, service, priority FROM job WHERE id = ?", (job_id,)
+        )
+        return QueuedJob(*rows[0]) if rows else None
+
     async def active_jobs(self) -> list[ActiveJob]:
         """Return all jobs that an agent holds."""
         rows = await self._read(
@@ -1077,6 +1084,23 @@ class Store:
         state = await self._writer.write(operation)
         self._erase_wake.set()
         return state
+
+    async def kill(self, job_id: int, message: str) -> None:
+        """End a job that has not ended. Raises :class:`IllegalTransition` if it has."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            row = db.execute(
+                "SELECT state, attempts, lost_starts, attempt_id FROM job WHERE id = ?", (job_id,)
+            ).fetchone()
+            _transition(
+                db, _Job(job_id, JobState(row[0]), row[1], row[2]), JobState.KILLED, message
+            )
+            _set_message(db, job_id, message)
+            if row[3] is not None:
+                _drop_partial_result(db, row[3])
+
+        await self._writer.write(operation)
+        self._erase_wake.set()
 
     async def reject(self, attempt_id: int, reason: str) -> None:
         """End a job that an agent found can never run. Raises :class:`Superseded`."""

@@ -28,11 +28,15 @@ def main(arguments: list[str]) -> int:
     """Run one job to its end; returns the process's exit status."""
     directory, timeout, grace, ready = arguments
     os.chdir(directory)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     if not _claim():
         return 3
+    if os.path.exists("kill"):
+        # asked for before the claim, by an agent that did not yet see this process
+        _write_atomically("exit", {"kind": "killed"})
+        return 0
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     job = _start_job()
     _report_ready(int(ready))
     deadline = time.monotonic() + float(timeout) if float(timeout) > 0 else None

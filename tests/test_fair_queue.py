@@ -59,6 +59,15 @@ class FairQueueModel(RuleBasedStateMachine):
             self.waiting[job.id] = job
             self.queue.add(job)
 
+    @rule(data=st.data(), present=st.booleans())
+    def remove(self, data: st.DataObject, present: bool) -> None:
+        jobs = self.waiting if present else self.active
+        if not jobs:
+            return
+        job = jobs[data.draw(st.sampled_from(sorted(jobs)))]
+        assert self.queue.remove(job) is present
+        self.waiting.pop(job.id, None)
+
     @invariant()
     def quotas_hold(self) -> None:
         services = Counter(job.service for job in self.active.values())

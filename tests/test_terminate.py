@@ -1,0 +1,141 @@
+"""POST /terminate: a job ends with all its processes, wherever it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness import (
+    AgentProcess,
+    Answer,
+    Server,
+    curl,
+    eventually,
+    lines,
+    running_server,
+)
+
+NewAgent = Callable[[str], AgentProcess]
+
+
+async def terminate(server: Server, job_id: int) -> Answer:
+    return await curl("-X", "POST", f"{server.url}/terminate/{job_id}")
+
+
+def killed(job_id: int) -> Answer:
+    body = f'{{"id": {job_id}, "status": "Killed", "message": "Job terminated"}}'
+    return Answer(200, body.encode())
+
+
+async def test_a_queued_job_never_runs(bare_server: Server, new_agent: NewAgent) -> None:
+    job_id, other = await bare_server.upload("true"), await bare_server.upload("true")
+    assert await terminate(bare_server, job_id) == killed(job_id)
+    assert await bare_server.status(job_id) == killed(job_id).json()
+    await new_agent("late").start()
+    await bare_server.result(other)
+    assert bare_server.transitions(job_id) == ["Queued", "Killed"]
+
+
+TREES = {
+    "children": "sleep 1000 & sleep 1000 & wait",
+    "setsid": "setsid sleep 1000 & sleep 1000",
+    "double fork": "(setsid nohup bash -c 'sleep 1000' > /dev/null 2>&1 &) ; sleep 1000",
+    "ignores SIGTERM": "trap '' TERM; while true; do sleep 1000; done",
+    "ignores it deeper": "(trap '' TERM; setsid bash -c 'sleep 1000; sleep 1000' &) ; sleep 1000",
+    "stopped": "sleep 1000 & kill -STOP $!; kill -STOP $$",
+    "fork chain": 'f() { (f &) ; }; export -f f; (f &); echo "chain" >&2; sleep 1000',
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+async def test_the_whole_tree_of_a_running_job_ends(tmp_path: Path, tree: str) -> None:
+    async with running_server(tmp_path / "server", environment={"KILL_GRACE": "0.5"}) as server:
+        witness = tmp_path / "witness"
+        job_id = await server.upload(f"echo partial > partial; echo up > {witness}\n{TREES[tree]}")
+        await eventually(lambda: lines(witness) == ["up"], "the job is under way")
+        assert await terminate(server, job_id) == killed(job_id)
+        left = [p for p in server.processes() if p.name() in ("sleep", "bash")]
+        assert left == []
+        attempts = server.directory / "orchestrator.db.agent" / "attempts"
+        await eventually(lambda: os.listdir(attempts) == [], "its directory is removed")
+        # what it wrote is kept with the job
+        sizes = server.query("SELECT size FROM blob JOIN attempt ON blob.id = result_blob")
+        assert sizes[0][0] > 0
+        await server.result(await server.upload("true"))
+
+
+async def test_unknown_and_final_jobs_are_refused(server: Server) -> None:
+    for job_id in (7, "x", 2**64):
+        answer = await curl("-X", "POST", f"{server.url}/terminate/{job_id}")
+        assert (answer.status, answer.json()["status"]) == (404, "Unknown")
+    done = await server.upload("true")
+    await server.result(done)
+    answer = await terminate(server, done)
+    assert answer.status == 409
+    assert answer.json() == {
+        "id": done,
+        "status": "Unknown",
+        "message": "the job is Completed already",
+    }
+    gone = await server.upload("sleep 1000")
+    await server.wait(gone, "Running")
+    assert (await terminate(server, gone)).status == 200
+    answer = await terminate(server, gone)
+    assert (answer.status, "Killed" in answer.json()["message"]) == (409, True)
+
+
+async def test_terminations_at_any_moment_end_each_job_once(server: Server) -> None:
+    jobs = [await server.upload(f"sleep 0.{number % 3}") for number in range(40)]
+    answers = await asyncio.gather(*(terminate(server, job_id) for job_id in jobs for _ in (1, 2)))
+    for job_id in jobs:
+        status = await server.wait(job_id)
+        assert status["status"] in ("Killed", "Completed")
+        finals = [s for s in server.transitions(job_id) if s in ("Killed", "Completed", "Failed")]
+        assert finals == [status["status"]]
+    assert {answer.status for answer in answers} <= {200, 409}
+    assert 200 in {answer.status for answer in answers}
+    # no quota and no slot was lost on the way
+    later = [await server.upload("true") for _ in range(12)]
+    await asyncio.gather(*(server.result(job_id) for job_id in later))
+
+
+async def test_a_job_whose_agent_is_away_is_killed_when_it_returns(
+    bare_server: Server, new_agent: NewAgent, tmp_path: Path
+) -> None:
+    witness = tmp_path / "witness"
+    agent = new_agent("away")
+    await agent.start()
+    job_id = await bare_server.upload(f"echo $$ > {witness}; sleep 1000")
+    await eventually(lambda: bool(lines(witness)), "it runs")
+    shell = int(lines(witness)[0])
+    await agent.kill()
+    assert await terminate(bare_server, job_id) == killed(job_id)
+    assert psutil.pid_exists(shell)
+    await agent.start()
+    await eventually(lambda: not psutil.pid_exists(shell), "it is killed")
+    assert (await bare_server.status(job_id))["status"] == "Killed"
+
+
+async def test_a_kill_goes_on_after_the_agent_was_killed_in_it(
+    bare_server: Server, new_agent: NewAgent, tmp_path: Path
+) -> None:
+    witness = tmp_path / "witness"
+    agent = new_agent("dies")
+    await agent.start()
+    job_id = await bare_server.upload(f"trap '' TERM; echo $$ > {witness}; sleep 1000; sleep 1000")
+    await eventually(lambda: bool(lines(witness)), "it runs")
+    request = asyncio.create_task(terminate(bare_server, job_id))
+    mark = agent.workdir / "attempts" / "1" / "kill"
+    await eventually(mark.exists, "the agent has begun to kill")
+    agent.send(signal.SIGKILL)
+    await agent.start()
+    assert await request == killed(job_id)
+    shell = int(lines(witness)[0])
+    await eventually(lambda: not psutil.pid_exists(shell), "it is killed")
+    await eventually(lambda: os.listdir(mark.parent.parent) == [], "and cleaned")
