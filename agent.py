@@ -298,9 +298,9 @@ class Agent:
         try:
             if held.directory.path.exists():
                 await held.directory.kill()
-            await asyncio.to_thread(held.directory.remove)
-        except (OSError, runner.JobLost) as error:
-            log.error("event=discard_failed attempt=%d error=%r", held.id, str(error))
+        except (OSError, runner.JobLost):
+            log.exception("event=kill_failed attempt=%d", held.id)
+        await self._remove(held)
 
     async def _drive(self, held: _Held, before: asyncio.Task[None] | None = None) -> None:
         """Bring an attempt from where it is to its end, once the task ``before`` is over."""
@@ -325,8 +325,15 @@ class Agent:
         if held.failure is not None:
             self._put(held.failure)
             await held.released.wait()  # in vain: the server answers with a drop, which cancels
-        await asyncio.to_thread(held.directory.remove)
+        await self._remove(held)
         self._held.pop(held.id, None)
+
+    async def _remove(self, held: _Held) -> None:
+        try:
+            await asyncio.to_thread(held.directory.remove)
+        except OSError:
+            # the next start of the agent tries again
+            log.exception("event=remove_failed attempt=%d", held.id)
 
     async def _run_job(self, held: _Held) -> None:
         directory = held.directory

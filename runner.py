@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -49,6 +49,7 @@ _DIRECTORY_VARIABLE = "ORCHESTRATOR_JOB_DIRECTORY"
 _COPY_BYTES = 1024 * 1024
 _SAMPLE_BYTES = 64 * 1024
 _KILL_PAUSE_SECONDS = 0.01
+_LONGEST_MEMBER_NAME = 65535  # bytes; the ZIP format has 16 bits for it
 _REMOVED_SUFFIX = ".removed"
 
 _PASSED_VARIABLES = frozenset(
@@ -135,13 +136,13 @@ class JobDirectory:
         found: list[JobDirectory] = []
         for path in sorted(root.iterdir()):
             if path.name.endswith(_REMOVED_SUFFIX):
-                _remove_tree(path)
+                _try_to_remove(path)
                 continue
             try:
                 message = protocol.decode((path / "attempt.json").read_text(encoding="utf-8"))
             except (OSError, protocol.ProtocolError) as error:
                 log.warning("event=directory_removed path=%s error=%r", path, str(error))
-                _remove_tree(path)
+                _try_to_remove(path)
                 continue
             if isinstance(message, Assign):
                 directory = cls(path, message)
@@ -503,23 +504,28 @@ def _write_archive(target: Path, attempt: Path) -> str:
         names = set(archive.NameToInfo)
         for name, other in _LOG_NAMES.items():
             _add_log(archive, attempt / name, other if name in names else name)
-    return f"{skipped} unreadable files are not in the result" if skipped else ""
+    return f"{skipped} files or directories could not be put into the result" if skipped else ""
 
 
 def _walk(top: Path) -> Iterator[_Entry]:
     """Yield everything below ``top``, parents first, without following links.
 
-    By directory descriptors, so that neither the length of a path nor a rename matters.
+    By one directory descriptor that goes down and, by way of "..", up again: neither the
+    length of a path nor the depth of a tree matters. An entry's descriptor is valid until the
+    next entry is asked for.
     """
-    open_directories: list[tuple[int, str, Iterator[str]]] = []
     try:
-        with suppress(FileNotFoundError):  # the job removed its own directory
-            open_directories.append(_open_directory(str(top), None, ""))
-        while open_directories:
-            directory, prefix, names = open_directories[-1]
+        directory = _open_directory(str(top), None)
+    except FileNotFoundError:
+        return  # the job removed its own directory
+    levels = [("", iter(sorted(os.listdir(directory))))]
+    try:
+        while levels:
+            prefix, names = levels[-1]
             name = next(names, None)
             if name is None:
-                os.close(open_directories.pop()[0])
+                levels.pop()
+                directory = _replace(directory, "..") if levels else directory
                 continue
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             archive_name = prefix + _printable(name)
@@ -527,22 +533,25 @@ def _walk(top: Path) -> Iterator[_Entry]:
                 archive_name += "/"
             yield _Entry(directory, name, archive_name, status)
             if stat.S_ISDIR(status.st_mode):
-                open_directories.append(_open_directory(name, directory, archive_name))
+                directory = _replace(directory, name)
+                levels.append((archive_name, iter(sorted(os.listdir(directory)))))
     finally:
-        for directory, _, _ in open_directories:
-            os.close(directory)
+        os.close(directory)
 
 
-def _open_directory(
-    name: str, parent: int | None, archive_name: str
-) -> tuple[int, str, Iterator[str]]:
+def _replace(directory: int, name: str) -> int:
+    other = _open_directory(name, directory)
+    os.close(directory)
+    return other
+
+
+def _open_directory(name: str, parent: int | None) -> int:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(name, flags, dir_fd=parent)
+        return os.open(name, flags, dir_fd=parent)
     except PermissionError:
         os.chmod(name, 0o700, dir_fd=parent)  # it is ours, only its mode forbids
-        descriptor = os.open(name, flags, dir_fd=parent)
-    return descriptor, archive_name, iter(sorted(os.listdir(descriptor)))
+        return os.open(name, flags, dir_fd=parent)
 
 
 def _printable(name: str) -> str:
@@ -551,8 +560,10 @@ def _printable(name: str) -> str:
 
 
 def _add(archive: zipfile.ZipFile, entry: _Entry) -> bool:
-    """Add a file, directory or link; skips sockets, fifos and devices. False if unreadable."""
+    """Add a file, directory or link; skips sockets, fifos and devices. False if it can't be."""
     mode = entry.status.st_mode
+    if len(entry.archive_name.encode()) > _LONGEST_MEMBER_NAME:
+        return False
     info = _zip_info(entry.archive_name, entry.status)
     if stat.S_ISDIR(mode):
         info.external_attr |= 0x10  # the MS-DOS directory bit, which some programs look for
@@ -619,16 +630,66 @@ def _write_atomically(path: Path, text: str) -> None:
     unfinished.rename(path)
 
 
-def _remove_tree(path: Path) -> None:
-    """Remove a directory with all that a job may have left in it; no error if there is none."""
+def _remove_tree(top: Path) -> None:
+    """Remove a directory with all that a job may have left in it; no error if there is none.
 
-    def make_removable(_: object, failed: str, error: tuple[object, BaseException, object]) -> None:
-        if isinstance(error[1], FileNotFoundError):
-            return
-        if getattr(error[1], "errno", None) not in (errno.EACCES, errno.EPERM):
-            raise error[1]
-        os.chmod(os.path.dirname(failed), 0o700)
-        os.chmod(failed, 0o700, follow_symlinks=False) if os.path.isdir(failed) else None
-        _remove_tree(Path(failed)) if os.path.isdir(failed) else os.unlink(failed)
+    Directories are moved up to the top before they are emptied, so that the depth of the tree
+    does not matter (shutil.rmtree recurses).
+    """
+    try:
+        directory = _open_directory(str(top), None)
+    except FileNotFoundError:
+        return
+    numbers = itertools.count()
+    try:
+        while names := os.listdir(directory):
+            for name in names:
+                if not _unlink(name, directory):
+                    _empty_into(name, directory, numbers)
+                    os.rmdir(name, dir_fd=directory)
+    finally:
+        os.close(directory)
+    top.rmdir()
 
-    shutil.rmtree(path, onerror=make_removable)
+
+def _try_to_remove(path: Path) -> None:
+    """Remove a left-over; what resists must not keep the agent from starting."""
+    try:
+        _remove_tree(path)
+    except OSError:
+        log.exception("event=remove_failed path=%s", path)
+
+
+def _empty_into(name: str, top: int, numbers: Iterator[int]) -> None:
+    """Unlink the files of a directory in ``top`` and move its directories to ``top``."""
+    directory = _open_directory(name, top)
+    try:
+        for child in os.listdir(directory):
+            if _unlink(child, directory):
+                continue
+            # a directory that changes its parent must be writable itself
+            os.chmod(child, 0o700, dir_fd=directory)
+            os.rename(child, _free_name(top, numbers), src_dir_fd=directory, dst_dir_fd=top)
+    finally:
+        os.close(directory)
+
+
+def _free_name(directory: int, numbers: Iterator[int]) -> str:
+    while True:
+        name = f"removed-{next(numbers)}"
+        try:
+            os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return name
+
+
+def _unlink(name: str, directory: int) -> bool:
+    """Remove what is not a directory; returns False if it is one."""
+    if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+        return False
+    try:
+        os.unlink(name, dir_fd=directory)
+    except PermissionError:
+        os.fchmod(directory, 0o700)
+        os.unlink(name, dir_fd=directory)
+    return True

@@ -57,6 +57,8 @@ _VACUUM_PAGES = 512
 _CLEAN_JOBS = 100
 _CHUNK_INDEX_BITS = 20  # 2**20 chunks of 256 KiB: blobs up to 256 GiB
 _RETRY_SECONDS = 1.0
+_RESERVE_BYTES = 64 * 1024 * 1024
+_RESERVE_SHARE = 0.1
 _BUSY_SECONDS = 5.0
 
 # Statements, not a script: sqlite3's executescript() commits before it runs, and a
@@ -710,7 +712,7 @@ class Upload:
             return job_id
 
         weight = sum(len(chunk.data) for chunk in pending)
-        job_id = await self._store.write(operation, weight if weight > CHUNK_BYTES else 0)
+        job_id = await self._store.write_bytes(operation, weight)
         self._flushed.clear()
         return QueuedJob(job_id, user_id, service)
 
@@ -742,7 +744,7 @@ class Upload:
         pending, weight = self._pending, self._pending_bytes
         self._take_pending()
         self._flushed.update(chunk.blob_id for chunk in pending)
-        write = self._store.write(lambda db: _write_pending(db, pending), weight)
+        write = self._store.write_bytes(lambda db: _write_pending(db, pending), weight)
         self._flushing = asyncio.ensure_future(write)
 
 
@@ -850,9 +852,22 @@ class Store:
             os.close(self._lock)
             self._lock = -1
 
-    async def write(self, operation: Callable[[sqlite3.Connection], T], weight: int = 0) -> T:
-        """For :class:`Upload`: run an operation in the next group commit."""
-        return await self._writer.write(operation, weight)
+    async def write_bytes(self, operation: Callable[[sqlite3.Connection], T], size: int) -> T:
+        """Write ``size`` bytes of files or results, unless that would use up the reserve.
+
+        The reserve is what transitions, erasing and retention need when nothing else may be
+        written any more: deleting takes space too, in the WAL.
+        """
+        self._check_room(size)
+        # what fits into one chunk goes with the short operations
+        return await self._writer.write(operation, size if size > CHUNK_BYTES else 0)
+
+    def _check_room(self, size: int) -> None:
+        volume = os.statvfs(self._path)
+        reserve = min(_RESERVE_BYTES, _RESERVE_SHARE * volume.f_blocks * volume.f_frsize)
+        # bytes stand in the WAL and, after the checkpoint, in the file
+        if volume.f_bavail * volume.f_frsize < reserve + 2 * size:
+            raise StoreFull("the disk that holds the database is full")
 
     def next_blob_id(self) -> int:
         """For :class:`Upload`: an id that no blob has."""
@@ -884,7 +899,8 @@ class Store:
         return str(rows[0][0])
 
     async def probe(self) -> None:
-        """Write something durably, to know whether that works."""
+        """Write something durably, to know whether that works and whether jobs can be taken."""
+        self._check_room(0)
         stamp = str(time.time())
         await self._writer.write(
             lambda db: db.execute("UPDATE setting SET value = ? WHERE name = 'probe'", (stamp,))
@@ -1019,7 +1035,7 @@ class Store:
             _active_job_of_attempt(db, attempt_id)
             self._append(db, attempt_id, offset, chunks)
 
-        await self._writer.write(operation, sum(map(len, chunks)))
+        await self.write_bytes(operation, sum(map(len, chunks)))
 
     async def discard_result(self, attempt_id: int) -> None:
         """Forget what has arrived of an attempt's result, for a transfer that starts anew."""
@@ -1052,8 +1068,7 @@ class Store:
             _set_message(db, job.id, report.message)
             _transition(db, job, report.state, report.message or "finished")
 
-        weight = sum(map(len, tail))
-        await self._writer.write(operation, weight if weight > CHUNK_BYTES else 0)
+        await self.write_bytes(operation, sum(map(len, tail)))
 
     async def requeue(
         self, attempt_id: int, loss: Loss, reason: str, max_attempts: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from store import (
     QueuedJob,
     ResultMismatch,
     Store,
+    StoreFull,
     StoreRefused,
     Superseded,
     read_agent_token,
@@ -308,6 +310,33 @@ async def test_a_download_that_runs_keeps_its_bytes_from_retention(
         await store._erase_all()
         assert await store.read_chunk(result.blob_id, CHUNK_BYTES) == b"end"
     await eventually_no_chunks(path)
+
+
+async def test_a_nearly_full_disk_takes_no_bytes_but_finishes_and_erases(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await make_job(store, bytes(1024 * 1024))
+    attempt_id = await run_job(store, job)
+    real = os.statvfs(path)
+    blocks = list(real[:10])
+    blocks[4] = 100  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(blocks))
+    upload = store.new_upload()
+    upload.start_file("run.sh")
+    await upload.write(b"true")
+    await upload.finish_file()
+    for refused in (
+        upload.commit(1, "example", "uploaded"),
+        store.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)]),
+        store.probe(),
+    ):
+        with pytest.raises(StoreFull):
+            await refused
+    await store.kill(job.id, "terminated")
+    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+    await eventually_no_chunks(path)
+    monkeypatch.undo()
+    await make_job(store)
 
 
 async def test_the_agent_token_stays_and_can_be_read_beside_the_server(
