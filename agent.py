@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,6 +93,7 @@ class Agent:
         self._held: dict[int, _Held] = {}
         self._outbox: Outbox | None = None
         self._heard_at = 0.0
+        self._is_draining = False
         self._tasks: asyncio.TaskGroup
 
     async def run(self) -> None:
@@ -121,6 +122,14 @@ class Agent:
                 await self._stay_connected()
         finally:
             os.close(lock)
+
+    async def drain(self) -> None:
+        """Take nothing new; returns when all that is held has been delivered."""
+        self._is_draining = True
+        self._put(protocol.Drain())
+        log.info("event=draining agent=%s attempts=%d", self._settings.name, len(self._held))
+        while tasks := [held.task for held in self._held.values() if held.task is not None]:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     # --- connection
 
@@ -188,7 +197,7 @@ class Agent:
             instance=self._instance,
             name=self._settings.name,
             version=config.VERSION,
-            slots=self._settings.slots,
+            slots=0 if self._is_draining else self._settings.slots,
             services=self._settings.services,
             attempts=tuple(
                 protocol.HeldAttempt(held.job_id, held.id, held.phase, held.directory.input_offset)
@@ -512,6 +521,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--services", metavar="A,B", help="services it offers (default: all)")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where its jobs run")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the agent token")
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long SIGTERM lets running jobs finish; those left run on for the next start,"
+        " as they do at once after a second SIGTERM (default: 300)",
+    )
     parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=config.VERSION)
     return parser.parse_args(arguments)
@@ -578,16 +595,32 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
     if options.embedded:
         loop.add_reader(sys.stdin.fileno(), stop.set)  # end of file: the server is gone
-    serving = asyncio.create_task(Agent(settings).run(), name="agent")
-    stopping = asyncio.create_task(stop.wait(), name="stop signal")
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    agent = Agent(settings)
+    serving = asyncio.create_task(agent.run(), name="agent")
+    await _first_of(serving, stop.wait())
     if options.embedded:
         loop.remove_reader(sys.stdin.fileno())
-    stopping.cancel()
+    elif not serving.done():
+        stop.clear()
+        await _first_of(serving, stop.wait(), agent.drain(), seconds=options.drain_timeout)
     serving.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await serving
     log.info("event=agent_stopped agent=%s", settings.name)
+
+
+async def _first_of(
+    task: asyncio.Task[None],
+    *others: Coroutine[None, None, object],
+    seconds: float | None = None,
+) -> None:
+    """Wait until the task or one of the others is over, or the time is; end the others."""
+    waits = [asyncio.ensure_future(other) for other in others]
+    try:
+        await asyncio.wait({task, *waits}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def main() -> int:

@@ -372,7 +372,7 @@ class Dispatcher:
             config.checked_agent_name(hello.name)
         except config.ConfigError as error:
             return protocol.Refused(str(error), retry=False)
-        if not 1 <= hello.slots <= 4096 or not 1 <= len(hello.agent_id) <= 64:
+        if not 0 <= hello.slots <= 4096 or not 1 <= len(hello.agent_id) <= 64:
             return protocol.Refused("slots or agent id out of range", retry=False)
         return None
 
@@ -691,6 +691,9 @@ class _Session:
         match message:
             case protocol.Heartbeat():
                 self._outbox.put(protocol.Heartbeat())
+            case protocol.Drain():
+                log.info("event=agent_drains agent=%s", self._agent.name)
+                self._agent.slots = 0
             case protocol.Acknowledge():
                 self._outbox.acknowledge(message.transfer, message.offset)
             case (

@@ -86,6 +86,7 @@ async def _serve_store(
         _announce(url)
         await stop.wait()
         log.info("event=stopping")
+        _announce_stop(len(await store.active_jobs()))
     finally:
         if agent is not None:
             agent.cancel()
@@ -114,6 +115,15 @@ def _announce(url: str) -> None:
         f" curl -X POST {url}/upload -F file=@run.sh -F user_id=1 -F service=example\n"
     )
     sys.stdout.flush()
+
+
+def _announce_stop(active: int) -> None:
+    if active:
+        sys.stdout.write(
+            f"{active} running jobs are not ended: they go on, and the next start with this"
+            " database reports them\n"
+        )
+        sys.stdout.flush()
 
 
 # --- embedded agent ---------------------------------------------------------------

@@ -159,6 +159,8 @@ class KeptAttempt:
 class Hello:
     """Agent's first message. ``services`` is None when it offers all of the server's.
 
+    ``slots`` is 0 for an agent that drains: it only finishes what it holds.
+
     ``agent_id`` outlives the process, ``instance`` does not: the same instance may
     replace its own half-dead connection at once, another one must wait its turn.
     """
@@ -198,6 +200,11 @@ class Refused:
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """The sender lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Agent takes nothing new from now on; what it holds it finishes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +298,7 @@ Message: TypeAlias = (
     | Welcome
     | Refused
     | Heartbeat
+    | Drain
     | Assign
     | Accepted
     | Started

@@ -100,6 +100,49 @@ async def test_an_agent_that_comes_back_within_its_lease_loses_nothing(
     assert lines(witness) == ["x"]
 
 
+async def test_a_draining_agent_finishes_its_job_and_takes_no_other(
+    bare_server: Server, new_agent: NewAgent, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    agent = new_agent("drains")
+    await agent.start("--slots", "2")
+    job_id = await bare_server.upload(f"read line < {go}; echo $line > out")
+    await bare_server.wait(job_id, "Running")
+    agent.send(signal.SIGTERM)
+    await eventually(lambda: "event=agent_drains" in bare_server.log(), "the server knows")
+    other = await bare_server.upload("true")
+    await asyncio.to_thread(go.write_text, "finished\n")
+    assert (await bare_server.result(job_id)).read("out") == b"finished\n"
+    assert agent.process is not None
+    assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+    assert bare_server.transitions(other) == ["Queued"]
+
+
+async def test_a_second_signal_and_the_drain_limit_leave_the_job_to_the_next_start(
+    bare_server: Server, new_agent: NewAgent, tmp_path: Path
+) -> None:
+    witness, go = tmp_path / "witness", tmp_path / "go"
+    os.mkfifo(go)
+    agent = new_agent("twice")
+    await agent.start()
+    job_id = await bare_server.upload(f"echo x >> {witness}; read line < {go}; echo $line > out")
+    await bare_server.wait(job_id, "Running")
+    agent.send(signal.SIGTERM)
+    await eventually(lambda: "event=draining" in agent.log(), "it drains")
+    agent.send(signal.SIGTERM)
+    assert agent.process is not None
+    assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+    await agent.start("--drain-timeout", "0.1")
+    await eventually(lambda: agent.log().count("event=connected") == 2, "it is back")
+    agent.send(signal.SIGTERM)
+    assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+    await agent.start()
+    await asyncio.to_thread(go.write_text, "adopted\n")
+    assert (await bare_server.result(job_id)).read("out") == b"adopted\n"
+    assert lines(witness) == ["x"]
+
+
 async def test_a_job_whose_supervisor_is_killed_is_started_again_up_to_the_limit(
     bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:
@@ -261,7 +304,7 @@ def _hello(**changes: object) -> str:
         ([protocol.encode(protocol.Heartbeat())], "hello"),
         ([_hello(protocol=99)], "protocol 99"),
         ([_hello(name="a b\n")], "agent name"),
-        ([_hello(slots=0)], "slots"),
+        ([_hello(slots=-1)], "slots"),
         ([_hello(), "{}"], "type"),
         ([_hello(), b"x" * 10], "binary frame"),
         ([_hello(), protocol.encode_frame(7, 0, b"x")], "unknown stream"),
