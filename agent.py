@@ -94,6 +94,7 @@ class Agent:
         self._outbox: Outbox | None = None
         self._heard_at = 0.0
         self._is_draining = False
+        self._retry_pause = _FIRST_RETRY_SECONDS
         self._tasks: asyncio.TaskGroup
 
     async def run(self) -> None:
@@ -136,11 +137,9 @@ class Agent:
     async def _stay_connected(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            pause = _FIRST_RETRY_SECONDS
             while True:
                 try:
                     await self._connect(session)
-                    pause = _FIRST_RETRY_SECONDS
                 except (aiohttp.ClientError, OSError, TimeoutError, _ConnectionEnded) as error:
                     log.info("event=connection_failed error=%r", str(error))
                 except protocol.ProtocolError as error:
@@ -148,8 +147,8 @@ class Agent:
                 if _is_cancelled():
                     raise asyncio.CancelledError
                 # full jitter: agents of a restarted server must not come back all at once
-                await asyncio.sleep(random.uniform(_FIRST_RETRY_SECONDS / 2, pause))
-                pause = min(pause * 2, _LAST_RETRY_SECONDS)
+                await asyncio.sleep(random.uniform(_FIRST_RETRY_SECONDS / 2, self._retry_pause))
+                self._retry_pause = min(self._retry_pause * 2, _LAST_RETRY_SECONDS)
 
     async def _connect(self, session: aiohttp.ClientSession) -> None:
         token = self._settings.token
@@ -175,6 +174,7 @@ class Agent:
         await socket.send_str(protocol.encode(self._hello()))
         welcome = await asyncio.wait_for(_receive_welcome(socket), _CONNECT_SECONDS)
         log.info("event=connected agent=%s server_version=%s", self._settings.name, welcome.version)
+        self._retry_pause = _FIRST_RETRY_SECONDS
         self._outbox = outbox
         self._reconcile(welcome)
         try:

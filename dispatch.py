@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import config
 import protocol
@@ -45,6 +45,7 @@ _PROBE_SECONDS = 2.0
 _CLOSE_SECONDS = 2.0
 _KILL_SECONDS = 30.0  # for what a killed job left to be archived and sent
 _SETTLE_SECONDS = 0.05
+_FINISH_SECONDS = 2.0
 _STORE_RETRY_SECONDS = 1.0
 _SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals is dead
 
@@ -162,6 +163,7 @@ class _Attempt:
     job: QueuedJob
     id: int
     number: int
+    state: protocol.JobState = protocol.JobState.PROCESSING
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -349,8 +351,7 @@ class Dispatcher:
                     retry=True,
                 )
             await present.close("replaced by a newer connection")
-            if agent.session is present:
-                self.detach(present, agent)
+            await present.has_ended.wait()
         agent.session = session
         agent.name = hello.name
         agent.slots = hello.slots
@@ -492,10 +493,14 @@ class Dispatcher:
 
 
 def _attempt_of(active: ActiveJob) -> _Attempt:
-    return _Attempt(active.job, active.attempt_id, active.number)
+    return _Attempt(active.job, active.attempt_id, active.number, active.state)
 
 
 # --- one connection ---------------------------------------------------------------
+
+
+_Inbox: TypeAlias = asyncio.Queue[protocol.AttemptReport | protocol.Frame | None]
+"""What an agent reports on one attempt, in order; None when the connection is over."""
 
 
 @dataclass(slots=True)
@@ -514,16 +519,18 @@ class _Session:
         self.address = address
         self.instance = ""
         self.is_welcomed = False
+        self.has_ended = asyncio.Event()
         self._dispatcher = dispatcher
         self._store = dispatcher.store
         self._socket = socket
         self._outbox = Outbox()
         self._agent: _Agent
-        self._inboxes: dict[int, asyncio.Queue[protocol.AttemptReport | protocol.Frame]] = {}
+        self._inboxes: dict[int, _Inbox] = {}
+        self._serving: set[asyncio.Task[None]] = set()
         self._inbox_bytes: dict[int, int] = {}
         self._tasks: asyncio.TaskGroup
+        self._closing = asyncio.Event()
         self._heard = asyncio.Event()
-        self._has_ended = asyncio.Event()
         self._heard_at = 0.0
         self._frames = socket.frames()
 
@@ -535,7 +542,7 @@ class _Session:
             error = first_failure(group)
             log.warning("event=agent_error address=%s error=%r", self.address, str(error))
             await self.close(str(error), code=1002)
-        except* (ConnectionError, _ConnectionEnded):
+        except* ConnectionError:
             log.debug("event=connection_lost address=%s", self.address)
 
     async def is_alive(self) -> bool:
@@ -552,6 +559,7 @@ class _Session:
         message = reason.encode()[:120].decode(errors="ignore").encode()
         with suppress(TimeoutError, ConnectionError):
             await asyncio.wait_for(self._socket.close(code=code, message=message), _CLOSE_SECONDS)
+        self._closing.set()
 
     def assign(self, attempt: _Attempt, assignment: Assignment) -> None:
         """Send a new attempt and its input."""
@@ -576,7 +584,7 @@ class _Session:
         if not self.is_welcomed:
             return False
         self._outbox.put(protocol.Kill(attempt.id))
-        waits = [asyncio.ensure_future(event.wait()) for event in (attempt.ended, self._has_ended)]
+        waits = [asyncio.ensure_future(event.wait()) for event in (attempt.ended, self.has_ended)]
         limit = self._dispatcher.settings.kill_grace + _KILL_SECONDS
         try:
             await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -602,18 +610,40 @@ class _Session:
             return
         self._agent = answer
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
+            async with asyncio.TaskGroup() as self._tasks:
                 await self._welcome(hello)
+                await self._converse()
+                await self._finish_inboxes()
+        finally:
+            log.info("event=agent_disconnected agent=%s", self._agent.name)
+            self._dispatcher.detach(self, self._agent)
+            self.has_ended.set()
+
+    async def _converse(self) -> None:
+        """Send and receive until the connection is over, however it ends."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._outbox.run(self._socket), name="outbox")
                 tasks.create_task(self._watch_silence(), name="watch silence")
+                tasks.create_task(self._end_when_closed(), name="close")
                 self._dispatcher.ready()
                 await self._receive()
                 raise _ConnectionEnded
-        finally:
-            log.info("event=agent_disconnected agent=%s", self._agent.name)
-            self._has_ended.set()
-            self._dispatcher.detach(self, self._agent)
+        except* (ConnectionError, _ConnectionEnded):
+            self.is_welcomed = False
+
+    async def _finish_inboxes(self) -> None:
+        """Store what has arrived: on a link that breaks all the time it is all the progress."""
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(None)
+        if self._serving:
+            _, unfinished = await asyncio.wait(self._serving, timeout=_FINISH_SECONDS)
+            for task in unfinished:
+                task.cancel()
+
+    async def _end_when_closed(self) -> None:
+        await self._closing.wait()
+        raise _ConnectionEnded
 
     async def _receive_hello(self) -> protocol.Hello:
         try:
@@ -719,7 +749,7 @@ class _Session:
         self._inbox(attempt_id).put_nowait(frame)
         self._inbox_bytes[attempt_id] = waiting
 
-    def _inbox(self, attempt_id: int) -> asyncio.Queue[protocol.AttemptReport | protocol.Frame]:
+    def _inbox(self, attempt_id: int) -> _Inbox:
         inbox = self._inboxes.get(attempt_id)
         if inbox is None:
             attempt = self._agent.attempts.get(attempt_id)
@@ -729,12 +759,12 @@ class _Session:
                 if attempt is None
                 else self._serve_attempt(attempt, inbox)
             )
-            self._tasks.create_task(serve, name=f"attempt {attempt_id}")
+            task = self._tasks.create_task(serve, name=f"attempt {attempt_id}")
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
         return inbox
 
-    async def _serve_unknown(
-        self, attempt_id: int, inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame]
-    ) -> None:
+    async def _serve_unknown(self, attempt_id: int, inbox: _Inbox) -> None:
         """Answer for an attempt that is not (any more) this agent's."""
         item = await inbox.get()
         try:
@@ -742,7 +772,7 @@ class _Session:
                 # a repeated report of a result that is stored already does no harm
                 await self._dispatcher.durably(lambda: self._store.finish(item, 0, ()))
                 self._outbox.put(protocol.Stored(attempt_id))
-            else:
+            elif item is not None:
                 self._outbox.put(protocol.Drop(attempt_id, "superseded"))
         except (Superseded, ResultMismatch):
             self._outbox.put(protocol.Drop(attempt_id, "superseded"))
@@ -752,7 +782,7 @@ class _Session:
     async def _serve_attempt(
         self,
         attempt: _Attempt,
-        inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame],
+        inbox: _Inbox,
     ) -> None:
         """Carry out what the agent reports on one attempt, in order, until it has ended."""
         try:
@@ -766,12 +796,14 @@ class _Session:
     async def _carry_out_reports(
         self,
         attempt: _Attempt,
-        inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame],
+        inbox: _Inbox,
     ) -> None:
         incoming: _Incoming | None = None
         while True:
             item = await inbox.get()
             match item:
+                case None:
+                    return
                 case protocol.Accepted():
                     self._outbox.close(protocol.transfer_id(attempt.id, Stream.INPUT))
                     await self._advance(attempt, protocol.JobState.SUBMITTED, "input received")
@@ -808,7 +840,10 @@ class _Session:
         self._inbox_bytes.pop(attempt_id, None)
 
     async def _advance(self, attempt: _Attempt, state: protocol.JobState, reason: str) -> None:
+        if protocol.ACTIVE_STATES.index(attempt.state) >= protocol.ACTIVE_STATES.index(state):
+            return  # repeated after a reconnect
         await self._dispatcher.durably(lambda: self._store.advance(attempt.id, state, reason))
+        attempt.state = state
         log.info(
             "event=state job=%d attempt=%d agent=%s state=%s",
             attempt.job.id,
@@ -857,7 +892,7 @@ class _Session:
         attempt: _Attempt,
         incoming: _Incoming,
         first: protocol.Frame,
-        inbox: asyncio.Queue[protocol.AttemptReport | protocol.Frame],
+        inbox: _Inbox,
     ) -> bool:
         """Store the frames that are there; returns whether the result is whole and stored."""
         start = incoming.offset
@@ -869,6 +904,9 @@ class _Session:
             if inbox.empty():
                 break
             item = inbox.get_nowait()
+            if item is None:
+                inbox.put_nowait(None)  # for the caller, after what is here
+                break
             if not isinstance(item, protocol.Frame):
                 raise ProtocolError(f"attempt {attempt.id}: {type(item).__name__} within a result")
             frame = item

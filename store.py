@@ -865,9 +865,17 @@ class Store:
     def _check_room(self, size: int) -> None:
         volume = os.statvfs(self._path)
         reserve = min(_RESERVE_BYTES, _RESERVE_SHARE * volume.f_blocks * volume.f_frsize)
-        # bytes stand in the WAL and, after the checkpoint, in the file
-        if volume.f_bavail * volume.f_frsize < reserve + 2 * size:
+        # bytes stand in the WAL and, after the checkpoint, in the file; what is in the WAL now
+        # will make the file grow, too
+        needed = reserve + 2 * size + self._wal_size()
+        if volume.f_bavail * volume.f_frsize < needed:
             raise StoreFull("the disk that holds the database is full")
+
+    def _wal_size(self) -> int:
+        try:
+            return os.stat(f"{self._path}-wal").st_size
+        except FileNotFoundError:
+            return 0
 
     def next_blob_id(self) -> int:
         """For :class:`Upload`: an id that no blob has."""
