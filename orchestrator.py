@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -21,7 +21,15 @@ import demo
 from channel import first_failure
 from config import ConfigError, Settings
 from dispatch import Dispatcher
-from store import Store, StoreError, StoreFull, StoreUnavailable, read_agent_token
+from store import (
+    Store,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    back_up,
+    check,
+    read_agent_token,
+)
 
 log = logging.getLogger("orchestrator")
 
@@ -215,6 +223,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("demo", help="run an example job on a throw-away server")
     token_parser = commands.add_parser("agent-token", help="show the token that agents need")
     token_parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+    backup_parser = commands.add_parser("backup", help="copy the database, also while it is used")
+    backup_parser.add_argument("file", metavar="FILE", help="where to; must not be there yet")
+    backup_parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+    check_parser = commands.add_parser("check", help="look for damage in a database or a backup")
+    check_parser.add_argument("file", metavar="FILE")
     return parser.parse_args(arguments)
 
 
@@ -251,9 +264,50 @@ def _run_command(options: argparse.Namespace) -> int:
             settings = load_settings(options)
             token = settings.agent_token or read_agent_token(settings.db_path)
             sys.stdout.write(f"{token}\n")
+        case "backup":
+            _back_up(load_settings(options).db_path, options.file)
+        case "check":
+            return _check(options.file)
         case _:
             asyncio.run(serve(load_settings(options), with_agent="no_agent" not in options))
     return 0
+
+
+def _back_up(path: str, target: str) -> None:
+    with _progress_bar("copied") as progress:
+        back_up(path, target, progress)
+    sys.stdout.write(f"{target}: whole and checked, {os.path.getsize(target)} bytes\n")
+
+
+def _check(path: str) -> int:
+    with _progress_bar("checked") as progress:
+        problems = check(path, progress)
+    for problem in problems:
+        sys.stdout.write(f"{path}: {problem}\n")
+    sys.stdout.write(f"{path}: {len(problems)} problems\n")
+    return 1 if problems else 0
+
+
+@contextlib.contextmanager
+def _progress_bar(word: str) -> Iterator[Callable[[int, int], None]]:
+    """Show progress on a terminal, nothing elsewhere."""
+    is_terminal = sys.stderr.isatty()
+    shown = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // total if total else 100
+        if is_terminal and percent != shown:
+            shown = percent
+            bar = "#" * (percent * 40 // 100)
+            sys.stderr.write(f"\r{word} [{bar:<40}] {percent:3d} %")
+            sys.stderr.flush()
+
+    try:
+        yield progress
+    finally:
+        if shown >= 0:
+            sys.stderr.write("\n")
 
 
 def main() -> int:

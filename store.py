@@ -24,9 +24,9 @@ import sqlite3
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import aiosqlite
 
@@ -1346,6 +1346,131 @@ def _vacuum_some(db: sqlite3.Connection) -> bool:
 def _checkpoint(db: sqlite3.Connection) -> None:
     """Carry the WAL into the file, which shrinks only then (sqlite.org/wal.html)."""
     db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+# --- backup and check, from outside of a server -----------------------------------
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told how much is done, of how much in all."""
+
+_BACKUP_PAGES = 512
+
+
+def back_up(path: str, target: str, progress: Progress) -> None:
+    """Copy the database to ``target``, whole and checked, also while a server runs on it.
+
+    Raises :class:`StoreRefused` if there is no database, or something at ``target`` already,
+    and :class:`StoreError` if the copy could not be made or is damaged.
+    """
+    if os.path.exists(target):
+        raise StoreRefused(f"{target}: is there already")
+    unfinished = f"{target}.unfinished"
+    try:
+        with _translated(), closing(_connect_beside(path)) as source:
+            # A read transaction of the source's own pins one snapshot. Without it the backup
+            # begins anew at every write of the server (sqlite.org/c3ref/backup_finish.html).
+            source.execute("BEGIN")
+            source.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            with closing(sqlite3.connect(unfinished)) as copy:
+                source.backup(
+                    copy,
+                    pages=_BACKUP_PAGES,
+                    progress=lambda _, left, total: progress(total - left, total),
+                )
+                found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if found != "ok":
+            raise StoreError(f"{target}: the copy is damaged: {found}")
+        _sync(unfinished)
+        os.rename(unfinished, target)
+    except OSError as error:
+        raise StoreError(f"{target}: {error.strerror}") from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)
+
+
+def check(path: str, progress: Progress) -> list[str]:
+    """Look for damage: pages, references, the SHA-256 of every stored file, every history.
+
+    Works beside a running server, on the state at its beginning. Returns what was found, in
+    sentences; raises :class:`StoreRefused` if it is not a database of ours.
+    """
+    with _translated(), closing(_connect_beside(path)) as db:
+        db.execute("BEGIN")
+        if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+            raise StoreRefused(f"{path}: not a database of Orchestrator")
+        problems = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        problems += [
+            f"row {row[1]} of {row[0]} refers to a missing {row[2]}"
+            for row in db.execute("PRAGMA foreign_key_check")
+        ]
+        if problems:
+            return problems  # what a damaged b-tree says further is noise
+        return [*_check_blobs(db, progress), *_check_histories(db), *_check_results(db)]
+
+
+def _connect_beside(path: str) -> sqlite3.Connection:
+    if not os.path.exists(path):
+        raise StoreRefused(f"{path}: no such file")
+    db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+    db.execute("PRAGMA query_only = ON")
+    return db
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_blobs(db: sqlite3.Connection, progress: Progress) -> Iterator[str]:
+    total = db.execute("SELECT coalesce(sum(size), 0) FROM blob WHERE state = 'sealed'").fetchone()
+    done = 0
+    blobs = db.execute("SELECT id, size, sha256 FROM blob WHERE state = 'sealed' ORDER BY id")
+    for blob_id, size, expected in blobs.fetchall():
+        digest, length = hashlib.sha256(), 0
+        first = blob_id << _CHUNK_INDEX_BITS
+        chunks = db.execute(
+            "SELECT data FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id",
+            (first, first + (1 << _CHUNK_INDEX_BITS) - 1),
+        )
+        for (data,) in chunks:
+            digest.update(data)
+            length += len(data)
+            done += len(data)
+            progress(done, total[0])
+        if length != size or digest.hexdigest() != expected:
+            yield f"stored file {blob_id} has other bytes than were stored ({length} of {size})"
+
+
+def _check_histories(db: sqlite3.Connection) -> Iterator[str]:
+    last: dict[int, JobState] = {}
+    rows = db.execute("SELECT job_id, from_state, to_state FROM history ORDER BY id")
+    for job_id, before, after in rows:
+        known = last.get(job_id)
+        allowed = {JobState.QUEUED} if known is None else TRANSITIONS[known]
+        if (known and known.value) != before or after not in allowed:
+            yield f"job {job_id} went from {known} to {after}, which can't be"
+        last[job_id] = JobState(after)
+    for job_id, state in db.execute("SELECT id, state FROM job"):
+        if last.get(job_id) != state:
+            yield f"job {job_id} is {state}, but its history ends with {last.get(job_id)}"
+
+
+def _check_results(db: sqlite3.Connection) -> Iterator[str]:
+    without_result = db.execute(
+        "SELECT id FROM job WHERE state = 'Completed' AND NOT EXISTS ("
+        " SELECT 1 FROM attempt JOIN blob ON blob.id = attempt.result_blob"
+        " WHERE attempt.id = job.attempt_id AND blob.state = 'sealed')"
+    )
+    yield from (f"job {row[0]} is Completed, but has no result" for row in without_result)
+    without_input = db.execute(
+        "SELECT id FROM job WHERE state IN ('Queued', 'Processing', 'Submitted', 'Running')"
+        " AND NOT EXISTS (SELECT 1 FROM input_file WHERE job_id = job.id)"
+    )
+    yield from (f"job {row[0]} is to run, but has no input" for row in without_input)
 
 
 assert {
