@@ -305,7 +305,12 @@ class _Api:
         if not channel.can_prepare(request):
             return _error(400, "this path is for agents, which open a WebSocket here")
         await channel.prepare(request)
-        await self._dispatcher.serve_agent(channel, request.remote or "")
+        try:
+            await self._dispatcher.serve_agent(channel, request.remote or "")
+        except Exception:
+            # answered here: the connection speaks WebSocket now, an HTTP answer would be noise
+            log.exception("event=agent_session_failed address=%s", request.remote)
+            await channel.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR, message=b"internal error")
         return channel
 
     def _is_agent_allowed(self, request: web.Request) -> bool:

@@ -342,9 +342,8 @@ class Dispatcher:
         """Take an agent in, or say why not. Its lease stops while it is connected."""
         if refusal := self._refusal(hello):
             return refusal
-        agent = self._agents.setdefault(hello.agent_id, _Agent(hello.agent_id, hello.name))
-        while agent.session is not None:
-            present = agent.session
+        agent = self._known_agent(hello)
+        while (present := agent.session) is not None:
             if present.instance != hello.instance and await present.is_alive():
                 return protocol.Refused(
                     f"an agent with this identity is connected already, from {present.address}",
@@ -352,6 +351,7 @@ class Dispatcher:
                 )
             await present.close("replaced by a newer connection")
             await present.has_ended.wait()
+            agent = self._known_agent(hello)  # without attempts it was forgotten meanwhile
         agent.session = session
         agent.name = hello.name
         agent.slots = hello.slots
@@ -361,6 +361,9 @@ class Dispatcher:
             agent.lease = None
         await self.durably(lambda: self.store.note_agent(agent.id, agent.name))
         return agent
+
+    def _known_agent(self, hello: protocol.Hello) -> _Agent:
+        return self._agents.setdefault(hello.agent_id, _Agent(hello.agent_id, hello.name))
 
     def _refusal(self, hello: protocol.Hello) -> protocol.Refused | None:
         if hello.protocol != protocol.PROTOCOL_VERSION:

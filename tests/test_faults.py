@@ -347,6 +347,22 @@ async def test_a_peer_that_breaks_the_protocol_is_turned_away_with_a_reason(
     assert (await curl(f"{bare_server.url}/health")).status == 200
 
 
+async def test_an_agent_that_replaces_its_own_half_dead_connection_gets_jobs(
+    bare_server: Server,
+) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{bare_server.url}/agent") as old,
+    ):
+        await old.send_str(_hello())
+        assert isinstance(protocol.decode(await old.receive_str(timeout=5)), protocol.Welcome)
+        async with session.ws_connect(f"{bare_server.url}/agent") as new:
+            await new.send_str(_hello())
+            assert isinstance(protocol.decode(await new.receive_str(timeout=5)), protocol.Welcome)
+            await bare_server.upload("true")
+            assert isinstance(protocol.decode(await new.receive_str(timeout=5)), protocol.Assign)
+
+
 async def test_a_second_agent_of_one_identity_is_refused_while_the_first_lives(
     bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:
