@@ -359,7 +359,11 @@ class Dispatcher:
         if agent.lease is not None:
             agent.lease.cancel()
             agent.lease = None
-        await self.durably(lambda: self.store.note_agent(agent.id, agent.name))
+        try:
+            await self.durably(lambda: self.store.note_agent(agent.id, agent.name))
+        except BaseException:
+            self.detach(session, agent)
+            raise
         return agent
 
     def _known_agent(self, hello: protocol.Hello) -> _Agent:
@@ -547,6 +551,8 @@ class _Session:
             await self.close(str(error), code=1002)
         except* ConnectionError:
             log.debug("event=connection_lost address=%s", self.address)
+        finally:
+            self.has_ended.set()
 
     async def is_alive(self) -> bool:
         """Ask the agent for a sign of life and wait for it, a moment only."""
@@ -620,7 +626,6 @@ class _Session:
         finally:
             log.info("event=agent_disconnected agent=%s", self._agent.name)
             self._dispatcher.detach(self, self._agent)
-            self.has_ended.set()
 
     async def _converse(self) -> None:
         """Send and receive until the connection is over, however it ends."""
