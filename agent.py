@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import random
+import re
 import secrets
 import signal
 import socket
@@ -23,6 +24,7 @@ import uuid
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -549,15 +551,20 @@ def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSetting
         name=name,
         slots=options.slots,
         services=services,
-        workdir=(options.workdir or _default_workdir(name)).absolute(),
+        workdir=(options.workdir or default_workdir(name, server)).absolute(),
         token=token,
     )
 
 
-def _default_workdir(name: str) -> Path:
-    """Return a directory that outlives a restart of the machine (XDG base directories)."""
+def default_workdir(name: str, server: str) -> Path:
+    """Return a directory that outlives a restart of the machine (XDG base directories).
+
+    One for each server: what an agent holds for one server, another does not know, and would
+    have it dropped.
+    """
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "orchestrator" / name
+    place = re.sub(r"[^A-Za-z0-9.-]+", "_", urlsplit(server).netloc)
+    return Path(state) / "orchestrator" / f"{name}@{place}"
 
 
 def _read_token(options: argparse.Namespace) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import config
+from agent import default_workdir
 from config import ConfigError, ServiceLimits
 
 
@@ -53,3 +54,11 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"orchestrator\.toml"):
         config.load({}, {}, file)
+
+
+def test_an_agent_keeps_a_directory_for_each_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    here = default_workdir("node", "http://head:5000")
+    assert here == Path("/state/orchestrator/node@head_5000")
+    assert default_workdir("node", "https://user@[::1]:1/../x").parent == here.parent
+    assert default_workdir("node", "http://other:5000") != here
