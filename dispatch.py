@@ -436,11 +436,11 @@ class Dispatcher:
 
         Returns None for an unknown job, raises :class:`AlreadyFinal` for one that has ended.
         """
+        job = await self.store.queued_form(job_id)
+        if job is None:
+            return None
         was_asked = False
         while True:
-            job = await self.store.queued_form(job_id)
-            if job is None:
-                return None
             status = await self.store.job_status(job_id)
             assert status is not None
             if was_asked and status.state is protocol.JobState.KILLED:
