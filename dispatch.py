@@ -1,17 +1,15 @@
-"""Who runs what when: fair queue, quotas, leases; the server's end of the agent channel.
+"""Who runs what when: quotas, leases; the server's end of the agent channel.
 
-:class:`FairQueue` is the policy, pure and synchronous. :class:`Dispatcher` applies it
-whenever something happened (an upload, an agent, a freed slot) and owns the leases.
-An :class:`_Session` is one connection of one agent.
+:class:`Dispatcher` applies the policy of ``scheduler.py`` whenever something happened (an
+upload, an agent, a freed slot) and owns the leases. An :class:`_Session` is one connection
+of one agent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -20,7 +18,9 @@ import config
 import protocol
 from channel import Outbox, Socket, first_failure
 from config import ServiceLimits, Settings
+from database import StoreFull, StoreUnavailable
 from protocol import ProtocolError, Stream
+from scheduler import FairQueue
 from store import (
     ActiveJob,
     Assignment,
@@ -31,8 +31,6 @@ from store import (
     ResultMismatch,
     Store,
     StoredFile,
-    StoreFull,
-    StoreUnavailable,
     Superseded,
 )
 
@@ -48,109 +46,6 @@ _SETTLE_SECONDS = 0.05
 _FINISH_SECONDS = 2.0
 _STORE_RETRY_SECONDS = 1.0
 _SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals is dead
-
-
-# --- policy -----------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _UserQueue:
-    """Jobs of one user for one service, by priority, then first come first served."""
-
-    waiting: list[tuple[int, int, QueuedJob]] = field(default_factory=list)
-    active: int = 0
-
-
-@dataclass(slots=True)
-class _ServiceQueue:
-    limits: ServiceLimits
-    users: dict[int, _UserQueue] = field(default_factory=dict)
-    turns: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    active: int = 0
-
-    def may_run(self) -> bool:
-        return bool(self.turns) and self.active < self.limits.max_runs
-
-    def update_turn(self, user_id: int) -> None:
-        """Give the user a place in the rotation if a job of theirs could run, else none."""
-        user = self.users[user_id]
-        if user.waiting and user.active < self.limits.runs_per_user:
-            self.turns.setdefault(user_id)
-        else:
-            self.turns.pop(user_id, None)
-        if not user.waiting and not user.active:
-            del self.users[user_id]
-
-
-class FairQueue:
-    """The scheduling policy: who is next.
-
-    Users of a service take turns, and so do services; within a user the highest
-    priority goes first, then the lowest job id, so that a job that was queued again
-    keeps its place. Every operation costs O(log n) of one user's queue at most.
-    """
-
-    def __init__(self, limits: Mapping[str, ServiceLimits]) -> None:
-        self._limits = limits
-        self._services: OrderedDict[str, _ServiceQueue] = OrderedDict()
-
-    def add(self, job: QueuedJob) -> None:
-        """Put a job in line."""
-        service, user = self._user(job)
-        heapq.heappush(user.waiting, (-job.priority, job.id, job))
-        service.update_turn(job.user_id)
-
-    def next_for(self, offered: Collection[str] | None) -> QueuedJob | None:
-        """Take the next job of the services ``offered`` (None: all); it counts as active.
-
-        Returns None when no job may run now.
-        """
-        for name, service in self._services.items():
-            if service.may_run() and (offered is None or name in offered):
-                self._services.move_to_end(name)
-                return self._take(service)
-        return None
-
-    def count_active(self, job: QueuedJob) -> None:
-        """Count a job as active that did not come from :meth:`next_for` (after a restart)."""
-        service, user = self._user(job)
-        user.active += 1
-        service.active += 1
-        service.update_turn(job.user_id)
-
-    def release(self, job: QueuedJob) -> None:
-        """An active job is active no more."""
-        service, user = self._user(job)
-        user.active -= 1
-        service.active -= 1
-        service.update_turn(job.user_id)
-
-    def remove(self, job: QueuedJob) -> bool:
-        """Take a job out of the line; returns whether it was in it. O(n) of the user's queue."""
-        service, user = self._user(job)
-        left = [entry for entry in user.waiting if entry[1] != job.id]
-        was_waiting = len(left) < len(user.waiting)
-        heapq.heapify(left)
-        user.waiting = left
-        service.update_turn(job.user_id)
-        return was_waiting
-
-    def _take(self, service: _ServiceQueue) -> QueuedJob:
-        user_id, _ = service.turns.popitem(last=False)
-        user = service.users[user_id]
-        _, _, job = heapq.heappop(user.waiting)
-        user.active += 1
-        service.active += 1
-        service.update_turn(user_id)
-        return job
-
-    def _user(self, job: QueuedJob) -> tuple[_ServiceQueue, _UserQueue]:
-        service = self._services.get(job.service)
-        if service is None:
-            # a job of a service that is configured no more waits, it is not lost
-            limits = self._limits.get(job.service, ServiceLimits())
-            service = self._services[job.service] = _ServiceQueue(limits)
-        return service, service.users.setdefault(job.user_id, _UserQueue())
 
 
 # --- agents and leases ------------------------------------------------------------

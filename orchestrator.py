@@ -20,16 +20,9 @@ import config
 import demo
 from channel import first_failure
 from config import ConfigError, Settings
+from database import StoreError, StoreFull, StoreUnavailable
 from dispatch import Dispatcher
-from store import (
-    Store,
-    StoreError,
-    StoreFull,
-    StoreUnavailable,
-    back_up,
-    check,
-    read_agent_token,
-)
+from store import Store, back_up, check, read_agent_token
 
 log = logging.getLogger("orchestrator")
 

@@ -1,8 +1,8 @@
-"""Durable state: the only SQL, one SQLite file, group commit, blob streams.
+"""Durable state: the schema, every statement on it, blob streams.
 
-One connection writes. Callers hand it operations and await their own; all that wait
-when the writer comes round go into one transaction, which is synced once. Readers
-have connections of their own and never wait for the writer (WAL).
+One connection writes, with group commit (``database.py``). Readers have connections of
+their own and never wait for the writer (WAL). What a commit brought about is published
+on the store's feed once it is on the disk.
 
 Bytes live in *blobs*: rows of fixed-size chunks. A blob is ``open`` while it is
 written, ``sealed`` once a job refers to it, ``doomed`` when it waits to be erased
@@ -13,8 +13,8 @@ doomed, except the partial result of an attempt that may still go on.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
-import fcntl
 import hashlib
 import itertools
 import logging
@@ -22,14 +22,30 @@ import os
 import secrets
 import sqlite3
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
-import aiosqlite
-
+from database import (
+    BUSY_SECONDS,
+    Connection,
+    Database,
+    StoreError,
+    StoreFull,
+    StoreRefused,
+    StoreUnavailable,
+    Writer,
+    checkpoint,
+    connect,
+    lock_file,
+    prepare_connection,
+    prepare_reader,
+    translated,
+    vacuum_some,
+)
+from events import Feed, Transition
 from protocol import (
     ACTIVE_STATES,
     CHUNK_BYTES,
@@ -47,19 +63,14 @@ T = TypeVar("T")
 APPLICATION_ID = 0x4F524348  # "ORCH", so that another program's file is not taken for ours
 
 _PAGE_BYTES = 8192
-_WAL_LIMIT_BYTES = 64 * 1024 * 1024
 _READERS = 3
-_BATCH_OPERATIONS = 512
-_BATCH_BYTES = 1024 * 1024  # about 7 ms of writing: short ones never wait longer
 _FLUSH_BYTES = 1024 * 1024
 _ERASE_CHUNKS = 16
-_VACUUM_PAGES = 512
 _CLEAN_JOBS = 100
 _CHUNK_INDEX_BITS = 20  # 2**20 chunks of 256 KiB: blobs up to 256 GiB
 _RETRY_SECONDS = 1.0
 _RESERVE_BYTES = 64 * 1024 * 1024
 _RESERVE_SHARE = 0.1
-_BUSY_SECONDS = 5.0
 
 # Statements, not a script: sqlite3's executescript() commits before it runs, and a
 # migration must be one transaction.
@@ -137,26 +148,65 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TRIGGER history_is_not_deleted BEFORE DELETE ON history
             BEGIN SELECT raise(ABORT, 'history is append-only'); END""",
     ),
+    (
+        "ALTER TABLE job ADD COLUMN name TEXT NOT NULL DEFAULT ''",
+        # seconds that the submitter asked for; NULL: the service's limit alone
+        "ALTER TABLE job ADD COLUMN timeout INTEGER",
+        "ALTER TABLE job ADD COLUMN started_at REAL",
+        "ALTER TABLE job ADD COLUMN finished_at REAL",
+        """UPDATE job SET
+            started_at = (SELECT max(at) FROM history
+                          WHERE job_id = job.id AND to_state = 'Running'),
+            finished_at = (SELECT max(at) FROM history WHERE job_id = job.id
+                           AND to_state IN ('Completed', 'Failed', 'Invalid', 'Killed'))
+            WHERE state NOT IN ('Queued', 'Processing', 'Submitted')""",
+        "CREATE INDEX job_user ON job (user_id, id)",
+        "CREATE INDEX job_service ON job (service, id)",
+        """CREATE TABLE tag (
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            key TEXT NOT NULL,
+            value TEXT NOT NULL,
+            PRIMARY KEY (job_id, key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX tag_search ON tag (key, value, job_id)",
+        # what a client called its request, so that the same one again makes no second job
+        """CREATE TABLE idempotency (
+            user_id INTEGER NOT NULL,
+            key TEXT NOT NULL,
+            content_sha256 TEXT NOT NULL,
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            created_at REAL NOT NULL,
+            PRIMARY KEY (user_id, key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX idempotency_age ON idempotency (created_at)",
+        # live output; start: where the piece stands in what the process wrote (gaps are allowed)
+        """CREATE TABLE output (
+            attempt_id INTEGER NOT NULL REFERENCES attempt (id),
+            stream INTEGER NOT NULL,
+            start INTEGER NOT NULL,
+            data BLOB NOT NULL,
+            PRIMARY KEY (attempt_id, stream, start)
+        )""",
+        "ALTER TABLE agent ADD COLUMN is_drained INTEGER NOT NULL DEFAULT 0",
+        """CREATE TABLE agent_history (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            agent_id TEXT NOT NULL REFERENCES agent (id),
+            name TEXT NOT NULL,
+            at REAL NOT NULL,
+            kind TEXT NOT NULL
+        )""",
+        """CREATE TABLE token (
+            name TEXT PRIMARY KEY,
+            sha256 TEXT NOT NULL UNIQUE,
+            user_id INTEGER,
+            role TEXT NOT NULL,
+            created_at REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
 )
 
 
 # --- errors -----------------------------------------------------------------------
-
-
-class StoreError(Exception):
-    """The store can't do what was asked; the message is for the person who runs it."""
-
-
-class StoreRefused(StoreError):
-    """This file can't be opened: in use, of a newer version, or not ours."""
-
-
-class StoreFull(StoreError):
-    """No space left for the database to grow."""
-
-
-class StoreUnavailable(StoreError):
-    """The file can't be read or written at the moment (I/O error, permission)."""
 
 
 class Superseded(StoreError):
@@ -239,236 +289,19 @@ class StoredResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Transition:
-    """One line of a job's history; ``at`` in Unix seconds, ``before`` None for the first."""
-
-    job_id: int
-    attempt: int
-    at: float
-    before: JobState | None
-    after: JobState
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     id: int
+    user_id: int
+    service: str
     state: JobState
     attempts: int
     lost_starts: int
 
 
-# --- connections ------------------------------------------------------------------
-
-
-class _Connection(aiosqlite.Connection):
-    """aiosqlite's connection and thread, plus a way to run several statements in one hop."""
-
-    async def call(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        execute: Callable[[Callable[[], T]], Awaitable[T]] = self._execute
-        return await execute(lambda: function(self._conn))
-
-
-async def _connect(path: str) -> _Connection:
-    def connector() -> sqlite3.Connection:
-        # check_same_thread: aiosqlite uses it from its own thread only, but closes it anywhere
-        return sqlite3.connect(
-            path, isolation_level=None, timeout=_BUSY_SECONDS, check_same_thread=False
-        )
-
-    connection = _Connection(connector, iter_chunk_size=64)
-    await connection
-    return connection
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turn SQLite's environment errors into ours; programming errors pass as they are."""
-    try:
-        yield
-    except sqlite3.IntegrityError:
-        raise
-    except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            raise StoreFull("the disk that holds the database is full") from error
-        if code in (
-            sqlite3.SQLITE_IOERR,
-            sqlite3.SQLITE_READONLY,
-            sqlite3.SQLITE_CANTOPEN,
-            sqlite3.SQLITE_PERM,
-            sqlite3.SQLITE_BUSY,
-            sqlite3.SQLITE_CORRUPT,
-            sqlite3.SQLITE_NOTADB,
-        ):
-            raise StoreUnavailable(f"the database can't be used: {error}") from error
-        raise
-
-
-@dataclass(slots=True)
-class _Operation(Generic[T]):
-    function: Callable[[sqlite3.Connection], T]
-    weight: int
-    future: asyncio.Future[T]
-
-
-class _Writer:
-    """Group commit: one thread, one transaction for all operations that wait."""
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
-        self._short: deque[_Operation[Any]] = deque()
-        self._bulk: deque[_Operation[Any]] = deque()
-        self._alone: deque[_Operation[Any]] = deque()
-        self._wake = asyncio.Event()
-
-    async def write(self, function: Callable[[sqlite3.Connection], T], weight: int = 0) -> T:
-        """Run ``function`` in a transaction; returns when it is committed and synced.
-
-        ``weight`` is the number of bytes it writes; operations with a weight keep their
-        order among themselves, and those without one go before them.
-        """
-        return await self._enqueue(self._bulk if weight else self._short, function, weight)
-
-    async def outside_transaction(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Run ``function`` on the writer's connection with no transaction open."""
-        return await self._enqueue(self._alone, function, 0)
-
-    async def run(self) -> None:
-        """Commit for ever; operations that fail fail alone unless the transaction does."""
-        while True:
-            if self._alone:
-                await self._run_alone(self._alone.popleft())
-                continue
-            batch = self._next_batch()
-            if batch:
-                await self._commit(batch)
-                continue
-            self._wake.clear()
-            await self._wake.wait()
-
-    def _enqueue(
-        self,
-        queue: deque[_Operation[Any]],
-        function: Callable[[sqlite3.Connection], T],
-        weight: int,
-    ) -> asyncio.Future[T]:
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        queue.append(_Operation(function, weight, future))
-        self._wake.set()
-        return future
-
-    def _next_batch(self) -> list[_Operation[Any]]:
-        batch: list[_Operation[Any]] = []
-        budget = _BATCH_BYTES
-        while self._short and len(batch) < _BATCH_OPERATIONS:
-            batch.append(self._short.popleft())
-        while self._bulk and budget > 0 and len(batch) < _BATCH_OPERATIONS:
-            operation = self._bulk.popleft()
-            budget -= operation.weight
-            batch.append(operation)
-        return batch
-
-    async def _run_alone(self, operation: _Operation[Any]) -> None:
-        try:
-            with _translated():
-                result = await self._connection.call(operation.function)
-        except Exception as error:  # noqa: BLE001 - it is the caller's, who awaits it
-            _fail(operation.future, error)
-        else:
-            _fulfil(operation.future, result)
-
-    async def _commit(self, batch: list[_Operation[Any]]) -> None:
-        functions = [operation.function for operation in batch]
-        try:
-            with _translated():
-                outcomes = await self._connection.call(lambda db: _run_batch(db, functions))
-        except Exception as error:  # noqa: BLE001 - it is the callers', who await it
-            for operation in batch:
-                _fail(operation.future, error)
-            return
-        for operation, (result, error_or_none) in zip(batch, outcomes, strict=True):
-            if error_or_none is None:
-                _fulfil(operation.future, result)
-            else:
-                _fail(operation.future, error_or_none)
-
-
-def _fulfil(future: asyncio.Future[T], result: T) -> None:
-    if not future.done():  # its caller may have been cancelled meanwhile
-        future.set_result(result)
-
-
-def _fail(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
-
-
-def _run_batch(
-    db: sqlite3.Connection, functions: Sequence[Callable[[sqlite3.Connection], Any]]
-) -> list[tuple[Any, Exception | None]]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        outcomes = [_run_in_savepoint(db, function) for function in functions]
-        db.execute("COMMIT")
-        return outcomes
-    except BaseException:
-        # SQLite may have rolled back by itself (SQLITE_FULL, SQLITE_IOERR)
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-def _run_in_savepoint(
-    db: sqlite3.Connection, function: Callable[[sqlite3.Connection], Any]
-) -> tuple[Any, Exception | None]:
-    db.execute("SAVEPOINT operation")
-    try:
-        result = function(db)
-    except Exception as error:
-        if isinstance(error, sqlite3.OperationalError) or not db.in_transaction:
-            raise  # the environment failed, not this operation
-        db.execute("ROLLBACK TO operation")
-        db.execute("RELEASE operation")
-        return None, error
-    db.execute("RELEASE operation")
-    return result, None
-
-
 # --- opening ----------------------------------------------------------------------
 
 
-def _lock(path: str) -> int:
-    """Take the lock that keeps a second server off the file, and hold it until close.
-
-    flock(2) on the database file itself, since the server writes no other file. SQLite
-    uses fcntl(2) locks, which on a local file system do not meet flock's. Closing *any*
-    descriptor of the file drops SQLite's locks (sqlite.org/howtocorrupt.html, 2.2), so
-    this one is closed only after SQLite has closed all of its own.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StoreRefused(f"{path}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise StoreRefused(f"{path}: another server is running on this file") from None
-    return descriptor
-
-
-def _prepare_connection(db: sqlite3.Connection) -> None:
-    db.execute("PRAGMA foreign_keys = ON")
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
-
-
-def _prepare_reader(db: sqlite3.Connection) -> None:
-    db.execute("PRAGMA query_only = ON")
-
-
-def _migrate(db: sqlite3.Connection) -> None:
+def _migrate(db: Database) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     application = db.execute("PRAGMA application_id").fetchone()[0]
     is_new = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
@@ -499,7 +332,7 @@ def _migrate(db: sqlite3.Connection) -> None:
         raise
 
 
-def _doom_what_a_crash_cut_short(db: sqlite3.Connection) -> None:
+def _doom_what_a_crash_cut_short(db: Database) -> None:
     doomed = db.execute(
         """UPDATE blob SET state = 'doomed' WHERE state = 'open' AND id NOT IN (
                SELECT attempt.result_blob FROM attempt JOIN job ON job.attempt_id = attempt.id
@@ -510,13 +343,13 @@ def _doom_what_a_crash_cut_short(db: sqlite3.Connection) -> None:
         log.info("event=unfinished_blobs_doomed count=%d", doomed)
 
 
-def _ensure_setting(db: sqlite3.Connection, name: str, value: str) -> None:
+def _ensure_setting(db: Database, name: str, value: str) -> None:
     db.execute(
         "INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, value)
     )
 
 
-def _first_free_blob_id(db: sqlite3.Connection) -> int:
+def _first_free_blob_id(db: Database) -> int:
     return int(db.execute("SELECT coalesce(max(id), 0) + 1 FROM blob").fetchone()[0])
 
 
@@ -528,8 +361,8 @@ def read_agent_token(path: str) -> str:
     if not os.path.exists(path):
         raise StoreRefused(f"{path}: no such file; start the server once to create it")
     try:
-        with _translated():
-            db = sqlite3.connect(path, timeout=_BUSY_SECONDS)
+        with translated():
+            db = sqlite3.connect(path, timeout=BUSY_SECONDS)
             try:
                 row = db.execute("SELECT value FROM setting WHERE name = 'agent_token'").fetchone()
             finally:
@@ -544,57 +377,89 @@ def read_agent_token(path: str) -> str:
 # --- operations that several methods share ----------------------------------------
 
 
-def _transition(db: sqlite3.Connection, job: _Job, after: JobState, reason: str) -> None:
+def _transition(db: Database, job: _Job, after: JobState, reason: str) -> None:
     """Change a job's state and write its history; the caller sees to ``message``."""
     if after not in TRANSITIONS[job.state]:
         raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
     now = time.time()
-    db.execute("UPDATE job SET state = ?, changed_at = ? WHERE id = ?", (after, now, job.id))
-    _write_history(db, job.id, job.attempts, now, job.state, after, reason)
+    db.execute(_SET_STATE[after], (after, now, job.id))
+    _write_history(db, job, now, job.state, after, reason)
+
+
+_SET_STATE: Mapping[JobState, str] = {
+    **dict.fromkeys(JobState, "UPDATE job SET state = ?, changed_at = ? WHERE id = ?"),
+    JobState.RUNNING: "UPDATE job SET state = ?1, changed_at = ?2, started_at = ?2 WHERE id = ?3",
+    JobState.QUEUED: (
+        "UPDATE job SET state = ?1, changed_at = ?2, started_at = NULL WHERE id = ?3"
+    ),
+    **dict.fromkeys(
+        FINAL_STATES,
+        "UPDATE job SET state = ?1, changed_at = ?2, finished_at = ?2 WHERE id = ?3",
+    ),
+}
+"""How each state is entered; the times of a job are those of its last attempt."""
 
 
 def _write_history(
-    db: sqlite3.Connection,
-    job_id: int,
-    attempt: int,
-    at: float,
-    before: JobState | None,
-    after: JobState,
-    reason: str,
+    db: Database, job: _Job, at: float, before: JobState | None, after: JobState, reason: str
 ) -> None:
-    db.execute(
+    row_id = db.execute(
         "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason)"
         " VALUES (?, ?, ?, ?, ?, ?)",
-        (job_id, attempt, at, before, after, reason),
+        (job.id, job.attempts, at, before, after, reason),
+    ).lastrowid
+    db.announce(
+        Transition(
+            cast(int, row_id),
+            job.id,
+            job.user_id,
+            job.service,
+            job.attempts,
+            at,
+            before,
+            after,
+            reason,
+        )
     )
 
 
-def _set_message(db: sqlite3.Connection, job_id: int, message: str) -> None:
+def _set_message(db: Database, job_id: int, message: str) -> None:
     db.execute("UPDATE job SET message = ? WHERE id = ?", (message, job_id))
 
 
-def _job_of_attempt(db: sqlite3.Connection, attempt_id: int) -> _Job:
+def _job_of_attempt(db: Database, attempt_id: int) -> _Job:
     """Return the job whose current attempt this is; raises :class:`Superseded`."""
     row = db.execute(
-        "SELECT id, state, attempts, lost_starts FROM job"
+        "SELECT id, user_id, service, state, attempts, lost_starts FROM job"
         " WHERE id = (SELECT job_id FROM attempt WHERE id = ?) AND attempt_id = ?",
         (attempt_id, attempt_id),
     ).fetchone()
     if row is None:
         raise Superseded(f"attempt {attempt_id} was superseded")
-    return _Job(row[0], JobState(row[1]), row[2], row[3])
+    return _job_of(row)
 
 
-def _active_job_of_attempt(db: sqlite3.Connection, attempt_id: int) -> _Job:
+def _job_with_id(db: Database, job_id: int) -> _Job:
+    """Return a job that is known to be there."""
+    row = db.execute(
+        "SELECT id, user_id, service, state, attempts, lost_starts FROM job WHERE id = ?",
+        (job_id,),
+    ).fetchone()
+    return _job_of(row)
+
+
+def _job_of(row: Sequence[Any]) -> _Job:
+    return _Job(row[0], row[1], row[2], JobState(row[3]), row[4], row[5])
+
+
+def _active_job_of_attempt(db: Database, attempt_id: int) -> _Job:
     job = _job_of_attempt(db, attempt_id)
     if job.state not in ACTIVE_STATES:
         raise Superseded(f"attempt {attempt_id}: its job is {job.state} already")
     return job
 
 
-def _insert_chunks(
-    db: sqlite3.Connection, blob_id: int, first: int, chunks: Sequence[bytes]
-) -> None:
+def _insert_chunks(db: Database, blob_id: int, first: int, chunks: Sequence[bytes]) -> None:
     base = blob_id << _CHUNK_INDEX_BITS
     db.executemany(
         "INSERT INTO chunk (id, data) VALUES (?, ?)",
@@ -602,14 +467,14 @@ def _insert_chunks(
     )
 
 
-def _open_blob(db: sqlite3.Connection, blob_id: int) -> None:
+def _open_blob(db: Database, blob_id: int) -> None:
     db.execute(
         "INSERT INTO blob (id, state, size) VALUES (?, 'open', 0) ON CONFLICT DO NOTHING",
         (blob_id,),
     )
 
 
-def _drop_partial_result(db: sqlite3.Connection, attempt_id: int) -> None:
+def _drop_partial_result(db: Database, attempt_id: int) -> None:
     db.execute(
         "UPDATE blob SET state = 'doomed'"
         " WHERE id = (SELECT result_blob FROM attempt WHERE id = ?)",
@@ -618,7 +483,7 @@ def _drop_partial_result(db: sqlite3.Connection, attempt_id: int) -> None:
     db.execute("UPDATE attempt SET result_blob = NULL WHERE id = ?", (attempt_id,))
 
 
-def _doom_files_of(db: sqlite3.Connection, job_id: int) -> None:
+def _doom_files_of(db: Database, job_id: int) -> None:
     db.execute(
         "UPDATE blob SET state = 'doomed'"
         " WHERE id IN (SELECT blob_id FROM input_file WHERE job_id = ?)",
@@ -705,7 +570,7 @@ class Upload:
         await self._settle()
         files, pending = tuple(self._files), self._take_pending()
 
-        def operation(db: sqlite3.Connection) -> int:
+        def operation(db: Database) -> int:
             _write_pending(db, pending)
             job_id = _insert_job(db, user_id, service, message)
             _insert_files(db, job_id, files)
@@ -748,14 +613,14 @@ class Upload:
         self._flushing = asyncio.ensure_future(write)
 
 
-def _write_pending(db: sqlite3.Connection, pending: Sequence[_PendingChunk]) -> None:
+def _write_pending(db: Database, pending: Sequence[_PendingChunk]) -> None:
     for chunk in pending:
         if chunk.index == 0:
             _open_blob(db, chunk.blob_id)
         _insert_chunks(db, chunk.blob_id, chunk.index, [chunk.data])
 
 
-def _insert_job(db: sqlite3.Connection, user_id: int, service: str, message: str) -> int:
+def _insert_job(db: Database, user_id: int, service: str, message: str) -> int:
     now = time.time()
     cursor = db.execute(
         "INSERT INTO job (user_id, service, state, message, created_at, changed_at)"
@@ -763,11 +628,12 @@ def _insert_job(db: sqlite3.Connection, user_id: int, service: str, message: str
         (user_id, service, message, now, now),
     )
     job_id = cast(int, cursor.lastrowid)
-    _write_history(db, job_id, 0, now, None, JobState.QUEUED, "uploaded")
+    job = _Job(job_id, user_id, service, JobState.QUEUED, 0, 0)
+    _write_history(db, job, now, None, JobState.QUEUED, "uploaded")
     return job_id
 
 
-def _insert_files(db: sqlite3.Connection, job_id: int, files: Sequence[StoredFile]) -> None:
+def _insert_files(db: Database, job_id: int, files: Sequence[StoredFile]) -> None:
     db.executemany(
         "INSERT INTO blob (id, state, size, sha256) VALUES (?, 'sealed', ?, ?)"
         " ON CONFLICT (id) DO UPDATE SET"
@@ -791,15 +657,17 @@ class Store:
     """The durable state of one server. Make it with :meth:`open`; run :meth:`run` beside it.
 
     Every method that changes something returns once the change is committed and synced,
-    and raises :class:`StoreFull` or :class:`StoreUnavailable` when it could not be.
+    and raises :class:`StoreFull` or :class:`StoreUnavailable` when it could not be. ``feed``
+    tells of every transition once it is committed.
     """
 
     def __init__(self, path: str, lock: int) -> None:
+        self.feed = Feed()
         self._path = path
         self._lock = lock
-        self._connections: list[_Connection] = []
-        self._idle_readers: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
-        self._writer: _Writer
+        self._connections: list[Connection] = []
+        self._idle_readers: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+        self._writer: Writer
         self._blob_ids: Iterator[int]
         self._pinned: Counter[int] = Counter()
         self._orphans: set[int] = set()
@@ -808,9 +676,9 @@ class Store:
     @classmethod
     async def open(cls, path: str) -> Store:
         """Lock, migrate and tidy the file. Raises :class:`StoreRefused` if it can't be used."""
-        store = cls(path, _lock(path))
+        store = cls(path, lock_file(path))
         try:
-            with _translated():
+            with translated():
                 await store._set_up()
         except (StoreRefused, StoreUnavailable, StoreFull) as error:
             await store.close()
@@ -821,20 +689,20 @@ class Store:
         return store
 
     async def _set_up(self) -> None:
-        connection = await _connect(self._path)
+        connection = await connect(self._path)
         self._connections.append(connection)
-        await connection.call(_prepare_connection)
+        await connection.call(prepare_connection)
         await connection.call(_migrate)
         await connection.call(_doom_what_a_crash_cut_short)
         token = secrets.token_urlsafe(32)
         await connection.call(lambda db: _ensure_setting(db, "agent_token", token))
         await connection.call(lambda db: _ensure_setting(db, "probe", ""))
         self._blob_ids = itertools.count(await connection.call(_first_free_blob_id))
-        self._writer = _Writer(connection)
+        self._writer = Writer(connection, self.feed.publish)
         for _ in range(_READERS):
-            reader = await _connect(self._path)
+            reader = await connect(self._path)
             self._connections.append(reader)
-            await reader.call(_prepare_reader)
+            await reader.call(prepare_reader)
             self._idle_readers.put_nowait(reader)
         self._erase_wake.set()
 
@@ -852,7 +720,7 @@ class Store:
             os.close(self._lock)
             self._lock = -1
 
-    async def write_bytes(self, operation: Callable[[sqlite3.Connection], T], size: int) -> T:
+    async def write_bytes(self, operation: Callable[[Database], T], size: int) -> T:
         """Write ``size`` bytes of files or results, unless that would use up the reserve.
 
         The reserve is what transitions, erasing and retention need when nothing else may be
@@ -888,11 +756,11 @@ class Store:
 
     async def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         async with self._reader() as reader:
-            with _translated():
+            with translated():
                 return list(await reader.execute_fetchall(sql, parameters))
 
     @asynccontextmanager
-    async def _reader(self) -> AsyncIterator[_Connection]:
+    async def _reader(self) -> AsyncIterator[Connection]:
         reader = await self._idle_readers.get()
         try:
             yield reader
@@ -928,16 +796,12 @@ class Store:
     async def history(self, job_id: int) -> list[Transition]:
         """Return all transitions of a job, oldest first."""
         rows = await self._read(
-            "SELECT job_id, attempt, at, from_state, to_state, reason FROM history"
-            " WHERE job_id = ? ORDER BY id",
+            "SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason"
+            " FROM history JOIN job ON job.id = history.job_id"
+            " WHERE job_id = ? ORDER BY history.id",
             (job_id,),
         )
-        return [
-            Transition(
-                row[0], row[1], row[2], row[3] and JobState(row[3]), JobState(row[4]), row[5]
-            )
-            for row in rows
-        ]
+        return [_transition_of(row) for row in rows]
 
     async def queued_jobs(self) -> list[QueuedJob]:
         """Return all jobs that wait, oldest first."""
@@ -983,11 +847,9 @@ class Store:
     async def begin_attempt(self, job_id: int, agent_id: str, reason: str) -> Assignment:
         """Give a queued job to an agent; raises :class:`IllegalTransition` if it isn't queued."""
 
-        def operation(db: sqlite3.Connection) -> Assignment:
-            row = db.execute(
-                "SELECT state, attempts, lost_starts FROM job WHERE id = ?", (job_id,)
-            ).fetchone()
-            job = _Job(job_id, JobState(row[0]), row[1] + 1, row[2])
+        def operation(db: Database) -> Assignment:
+            before = _job_with_id(db, job_id)
+            job = dataclasses.replace(before, attempts=before.attempts + 1)
             attempt_id = cast(
                 int,
                 db.execute(
@@ -1007,7 +869,7 @@ class Store:
     async def input_files(self, attempt_id: int) -> tuple[StoredFile, ...]:
         """Return the input of an attempt's job, in upload order."""
         async with self._reader() as reader:
-            with _translated():
+            with translated():
                 return await reader.call(lambda db: _files_of(db, attempt_id))
 
     async def advance(self, attempt_id: int, target: JobState, reason: str) -> None:
@@ -1016,7 +878,7 @@ class Store:
         Raises :class:`Superseded` if the attempt no longer counts.
         """
 
-        def operation(db: sqlite3.Connection) -> None:
+        def operation(db: Database) -> None:
             job = _active_job_of_attempt(db, attempt_id)
             if ACTIVE_STATES.index(job.state) < ACTIVE_STATES.index(target):
                 _transition(db, job, target, reason)
@@ -1039,7 +901,7 @@ class Store:
         :class:`Superseded` if the attempt no longer counts.
         """
 
-        def operation(db: sqlite3.Connection) -> None:
+        def operation(db: Database) -> None:
             _active_job_of_attempt(db, attempt_id)
             self._append(db, attempt_id, offset, chunks)
 
@@ -1048,7 +910,7 @@ class Store:
     async def discard_result(self, attempt_id: int) -> None:
         """Forget what has arrived of an attempt's result, for a transfer that starts anew."""
 
-        def operation(db: sqlite3.Connection) -> None:
+        def operation(db: Database) -> None:
             _active_job_of_attempt(db, attempt_id)
             _drop_partial_result(db, attempt_id)
 
@@ -1063,7 +925,7 @@ class Store:
         longer counts, :class:`ResultMismatch` if the lengths don't add up.
         """
 
-        def operation(db: sqlite3.Connection) -> None:
+        def operation(db: Database) -> None:
             job = _job_of_attempt(db, report.attempt_id)
             if job.state not in ACTIVE_STATES:
                 return
@@ -1087,7 +949,7 @@ class Store:
         :class:`Superseded` if the attempt no longer counts.
         """
 
-        def operation(db: sqlite3.Connection) -> JobState:
+        def operation(db: Database) -> JobState:
             job = _active_job_of_attempt(db, attempt_id)
             is_undelivered = loss is Loss.AGENT_AWAY and job.state is JobState.PROCESSING
             lost_starts = job.lost_starts + (not is_undelivered)
@@ -1111,16 +973,12 @@ class Store:
     async def kill(self, job_id: int, message: str) -> None:
         """End a job that has not ended. Raises :class:`IllegalTransition` if it has."""
 
-        def operation(db: sqlite3.Connection) -> None:
-            row = db.execute(
-                "SELECT state, attempts, lost_starts, attempt_id FROM job WHERE id = ?", (job_id,)
-            ).fetchone()
-            _transition(
-                db, _Job(job_id, JobState(row[0]), row[1], row[2]), JobState.KILLED, message
-            )
+        def operation(db: Database) -> None:
+            _transition(db, _job_with_id(db, job_id), JobState.KILLED, message)
             _set_message(db, job_id, message)
-            if row[3] is not None:
-                _drop_partial_result(db, row[3])
+            row = db.execute("SELECT attempt_id FROM job WHERE id = ?", (job_id,)).fetchone()
+            if row[0] is not None:
+                _drop_partial_result(db, row[0])
 
         await self._writer.write(operation)
         self._erase_wake.set()
@@ -1128,16 +986,14 @@ class Store:
     async def reject(self, attempt_id: int, reason: str) -> None:
         """End a job that an agent found can never run. Raises :class:`Superseded`."""
 
-        def operation(db: sqlite3.Connection) -> None:
+        def operation(db: Database) -> None:
             job = _active_job_of_attempt(db, attempt_id)
             _set_message(db, job.id, reason)
             _transition(db, job, JobState.INVALID, reason)
 
         await self._writer.write(operation)
 
-    def _append(
-        self, db: sqlite3.Connection, attempt_id: int, offset: int, chunks: Sequence[bytes]
-    ) -> None:
+    def _append(self, db: Database, attempt_id: int, offset: int, chunks: Sequence[bytes]) -> None:
         row = db.execute(
             "SELECT blob.id, blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
             " WHERE attempt.id = ?",
@@ -1192,7 +1048,7 @@ class Store:
     async def read_files(self, files: Sequence[StoredFile], offset: int) -> bytes:
         """Return up to one chunk of the files' bytes, taken as one stream, from ``offset``."""
         async with self._reader() as reader:
-            with _translated():
+            with translated():
                 return await reader.call(lambda db: _read_stream(db, files, offset))
 
     async def result_digest(self, attempt_id: int, size: int) -> Any:
@@ -1222,15 +1078,15 @@ class Store:
         Returns how many; the caller asks again until it gets none.
         """
 
-        def operation(db: sqlite3.Connection) -> int:
+        def operation(db: Database) -> int:
             rows = db.execute(
-                "SELECT id, state, attempts, lost_starts FROM job"
+                "SELECT id, user_id, service, state, attempts, lost_starts FROM job"
                 " WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')"
                 " AND changed_at <= ? ORDER BY changed_at LIMIT ?",
                 (cutoff, _CLEAN_JOBS),
             ).fetchall()
             for row in rows:
-                job = _Job(row[0], JobState(row[1]), row[2], row[3])
+                job = _job_of(row)
                 _doom_files_of(db, job.id)
                 _set_message(db, job.id, f"files of the {job.state} job removed by retention")
                 _transition(db, job, JobState.CLEANED, "retention")
@@ -1260,11 +1116,11 @@ class Store:
         while await self._writer.write(self._erase_some, 1):
             erased += 1
         if erased:
-            while await self._writer.write(_vacuum_some, 1):
+            while await self._writer.write(vacuum_some, 1):
                 pass
-            await self._writer.outside_transaction(_checkpoint)
+            await self._writer.outside_transaction(checkpoint)
 
-    def _erase_some(self, db: sqlite3.Connection) -> bool:
+    def _erase_some(self, db: Database) -> bool:
         """Erase a few chunks of one doomed blob; returns whether there was one."""
         rows = db.execute("SELECT id FROM blob WHERE state = 'doomed' ORDER BY id")
         blob_id = next((row[0] for row in rows if row[0] not in self._pinned), None)
@@ -1282,7 +1138,22 @@ class Store:
         return True
 
 
-def _files_of(db: sqlite3.Connection, attempt_id: int) -> tuple[StoredFile, ...]:
+def _transition_of(row: Sequence[Any]) -> Transition:
+    row_id, job_id, user_id, service, attempt, at, before, after, reason = row
+    return Transition(
+        row_id,
+        job_id,
+        user_id,
+        service,
+        attempt,
+        at,
+        None if before is None else JobState(before),
+        JobState(after),
+        reason,
+    )
+
+
+def _files_of(db: Database, attempt_id: int) -> tuple[StoredFile, ...]:
     rows = db.execute(
         "SELECT name, size, sha256, blob_id FROM input_file"
         " WHERE job_id = (SELECT job_id FROM attempt WHERE id = ?) ORDER BY position",
@@ -1291,7 +1162,7 @@ def _files_of(db: sqlite3.Connection, attempt_id: int) -> tuple[StoredFile, ...]
     return tuple(StoredFile(FileSpec(row[0], row[1], row[2]), row[3]) for row in rows)
 
 
-def _seal_result(db: sqlite3.Connection, report: Finished) -> None:
+def _seal_result(db: Database, report: Finished) -> None:
     sealed = db.execute(
         "UPDATE blob SET state = 'sealed', sha256 = ?"
         " WHERE id = (SELECT result_blob FROM attempt WHERE id = ?) AND size = ?",
@@ -1301,7 +1172,7 @@ def _seal_result(db: sqlite3.Connection, report: Finished) -> None:
         raise ResultMismatch(f"attempt {report.attempt_id}: not {report.result_size} bytes")
 
 
-def _read_stream(db: sqlite3.Connection, files: Sequence[StoredFile], offset: int) -> bytes:
+def _read_stream(db: Database, files: Sequence[StoredFile], offset: int) -> bytes:
     parts: list[bytes] = []
     room = CHUNK_BYTES
     for file in files:
@@ -1319,7 +1190,7 @@ def _read_stream(db: sqlite3.Connection, files: Sequence[StoredFile], offset: in
     return b"".join(parts)
 
 
-def _read_part(db: sqlite3.Connection, blob_id: int, offset: int) -> bytes:
+def _read_part(db: Database, blob_id: int, offset: int) -> bytes:
     index, within = divmod(offset, CHUNK_BYTES)
     row = db.execute(
         "SELECT data FROM chunk WHERE id = ?", ((blob_id << _CHUNK_INDEX_BITS) + index,)
@@ -1329,23 +1200,11 @@ def _read_part(db: sqlite3.Connection, blob_id: int, offset: int) -> bytes:
     return cast(bytes, row[0][within:])
 
 
-def _doom(db: sqlite3.Connection, blob_ids: frozenset[int]) -> None:
+def _doom(db: Database, blob_ids: frozenset[int]) -> None:
     db.executemany(
         "UPDATE blob SET state = 'doomed' WHERE id = ? AND state = 'open'",
         ((blob_id,) for blob_id in blob_ids),
     )
-
-
-def _vacuum_some(db: sqlite3.Connection) -> bool:
-    """Give some free pages back to the file system; returns whether more are left."""
-    # the pragma does its work while its (empty) rows are stepped through
-    db.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
-    return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
-
-
-def _checkpoint(db: sqlite3.Connection) -> None:
-    """Carry the WAL into the file, which shrinks only then (sqlite.org/wal.html)."""
-    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 # --- backup and check, from outside of a server -----------------------------------
@@ -1366,7 +1225,7 @@ def back_up(path: str, target: str, progress: Progress) -> None:
         raise StoreRefused(f"{target}: is there already")
     unfinished = f"{target}.unfinished"
     try:
-        with _translated(), closing(_connect_beside(path)) as source:
+        with translated(), closing(_connect_beside(path)) as source:
             # A read transaction of the source's own pins one snapshot. Without it the backup
             # begins anew at every write of the server (sqlite.org/c3ref/backup_finish.html).
             source.execute("BEGIN")
@@ -1395,7 +1254,7 @@ def check(path: str, progress: Progress) -> list[str]:
     Works beside a running server, on the state at its beginning. Returns what was found, in
     sentences; raises :class:`StoreRefused` if it is not a database of ours.
     """
-    with _translated(), closing(_connect_beside(path)) as db:
+    with translated(), closing(_connect_beside(path)) as db:
         db.execute("BEGIN")
         if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise StoreRefused(f"{path}: not a database of Orchestrator")
@@ -1412,7 +1271,7 @@ def check(path: str, progress: Progress) -> list[str]:
 def _connect_beside(path: str) -> sqlite3.Connection:
     if not os.path.exists(path):
         raise StoreRefused(f"{path}: no such file")
-    db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+    db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
     db.execute("PRAGMA query_only = ON")
     return db
 

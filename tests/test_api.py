@@ -16,8 +16,9 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import api
 import config
+from database import StoreFull
 from dispatch import Dispatcher
-from store import Store, StoreFull
+from store import Store
 from tests.harness import Answer, Server, curl, eventually, running_server
 
 LIMIT = config.MAX_UPLOAD_BYTES

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import store as store_module
+from database import StoreFull, StoreRefused, checkpoint
 from protocol import CHUNK_BYTES, Finished, JobState
 from store import (
     IllegalTransition,
@@ -21,8 +22,6 @@ from store import (
     QueuedJob,
     ResultMismatch,
     Store,
-    StoreFull,
-    StoreRefused,
     Superseded,
     read_agent_token,
 )
@@ -284,7 +283,7 @@ async def test_retention_frees_the_bytes_and_shrinks_the_file(store: Store, path
     attempt_id = await run_job(store, job)
     await store.finish(report(attempt_id, b"result"), 0, [b"result"])
     kept = await make_job(store)
-    await store._writer.outside_transaction(store_module._checkpoint)
+    await store._writer.outside_transaction(checkpoint)
     large = path.stat().st_size
     assert large > 8 * 1024 * 1024
     assert await store.clean_jobs_final_since(time.time() + 1) == 1

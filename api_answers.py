@@ -1,0 +1,112 @@
+"""What the API answers: one shape for jobs, one for errors, and which error has which status."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable
+
+from aiohttp import hdrs, web
+
+from config import MAX_UPLOAD_BYTES
+from database import StoreError, StoreFull
+from dispatch import AlreadyFinal
+from store import JobStatus
+
+log = logging.getLogger("orchestrator.api")
+
+_DIGITS = re.compile(r"[0-9]{1,19}")
+_LARGEST_INTEGER = 2**63 - 1
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class BadRequest(Exception):
+    """The request can't be understood or obeyed; the message names the field. 400."""
+
+
+class UnknownJob(Exception):
+    """There is no job of the id in the request's path, or none that the asker may see. 404."""
+
+
+class NotFound(Exception):
+    """There is no such thing; the message says what was looked for. 404."""
+
+
+class Conflict(Exception):
+    """The state of things does not allow it; the message says why. 409."""
+
+
+class UploadTooLarge(Exception):
+    """The request is longer than the limit. 413."""
+
+
+def error_answer(status: int, message: str, job_id: int = 0) -> web.Response:
+    """Return an error in the documented shape; ``job_id`` 0 where no job is meant."""
+    body = {"id": job_id, "status": "Unknown", "message": message}
+    return web.json_response(body, status=status)
+
+
+def job_answer(job: JobStatus, status: int = 200) -> web.Response:
+    """Return a job's status in the documented shape."""
+    body = {"id": job.id, "status": job.state.value, "message": job.message}
+    return web.json_response(body, status=status)
+
+
+def job_id_of(request: web.Request) -> int:
+    """Return the job id of the path; -1, which no job has, for what can't be one."""
+    text = request.match_info["id"]
+    job_id = int(text) if _DIGITS.fullmatch(text) else -1
+    return job_id if job_id <= _LARGEST_INTEGER else -1
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every failure in the error shape; the one place where errors become statuses."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return _of_http_exception(request, error)
+    except ConnectionError:
+        raise  # the client is gone, there is nobody to answer
+    except Exception as error:  # noqa: BLE001 - it is answered and, if unknown, logged
+        return _of_exception(request, error)
+
+
+def _of_exception(request: web.Request, error: Exception) -> web.Response:
+    match error:
+        case BadRequest():
+            return error_answer(400, str(error))
+        case UnknownJob():
+            job_id = max(job_id_of(request), 0)
+            return error_answer(404, f"there is no job {request.match_info['id']}", job_id)
+        case NotFound():
+            return error_answer(404, str(error))
+        case AlreadyFinal() | Conflict():
+            job_id = max(job_id_of(request), 0) if "id" in request.match_info else 0
+            return error_answer(409, str(error), job_id)
+        case UploadTooLarge():
+            limit = MAX_UPLOAD_BYTES // (1024 * 1024)
+            return error_answer(413, f"the request is larger than {limit} MB")
+        case StoreFull():
+            return error_answer(507, str(error))
+        case StoreError():
+            log.error("event=store_error path=%s error=%r", request.path, str(error))
+            return error_answer(500, str(error))
+    log.error(
+        "event=internal_error method=%s path=%s", request.method, request.path, exc_info=error
+    )
+    return error_answer(500, "internal error; see the server's log")
+
+
+def _of_http_exception(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
+    if error.status < 400:
+        raise error
+    messages = {
+        404: f"there is nothing at {request.path}",
+        405: f"{request.path} does not allow {request.method}",
+    }
+    answer = error_answer(error.status, messages.get(error.status, error.reason))
+    if hdrs.ALLOW in error.headers:
+        answer.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
+    return answer

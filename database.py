@@ -1,0 +1,294 @@
+"""The SQLite file: its lock, its connections, group commit. Knows none of our tables.
+
+One connection writes. Callers hand it operations and await their own; all that wait
+when the writer comes round go into one transaction, which is synced once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar, cast
+
+import aiosqlite
+
+T = TypeVar("T")
+
+_WAL_LIMIT_BYTES = 64 * 1024 * 1024
+_BATCH_OPERATIONS = 512
+_BATCH_BYTES = 1024 * 1024  # about 7 ms of writing: short ones never wait longer
+_VACUUM_PAGES = 512
+BUSY_SECONDS = 5.0
+"""How long a connection waits for another one's lock."""
+
+
+# --- errors -----------------------------------------------------------------------
+
+
+class StoreError(Exception):
+    """The store can't do what was asked; the message is for the person who runs it."""
+
+
+class StoreRefused(StoreError):
+    """This file can't be opened: in use, of a newer version, or not ours."""
+
+
+class StoreFull(StoreError):
+    """No space left for the database to grow."""
+
+
+class StoreUnavailable(StoreError):
+    """The file can't be read or written at the moment (I/O error, permission)."""
+
+
+# --- connections ------------------------------------------------------------------
+
+
+class Database(sqlite3.Connection):
+    """SQLite's connection, with a note of what the open transaction will have brought about."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.announcements: list[Any] = []
+
+    def announce(self, event: object) -> None:
+        """Have ``event`` published once the transaction is committed, and only then."""
+        self.announcements.append(event)
+
+
+class Connection(aiosqlite.Connection):
+    """aiosqlite's connection and thread, plus a way to run several statements in one hop."""
+
+    async def call(self, function: Callable[[Database], T]) -> T:
+        execute: Callable[[Callable[[], T]], Awaitable[T]] = self._execute
+        return await execute(lambda: function(cast(Database, self._conn)))
+
+
+async def connect(path: str) -> Connection:
+    def connector() -> sqlite3.Connection:
+        # check_same_thread: aiosqlite uses it from its own thread only, but closes it anywhere
+        return sqlite3.connect(
+            path,
+            isolation_level=None,
+            timeout=BUSY_SECONDS,
+            check_same_thread=False,
+            factory=Database,
+        )
+
+    connection = Connection(connector, iter_chunk_size=64)
+    await connection
+    return connection
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn SQLite's environment errors into ours; programming errors pass as they are."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
+            raise StoreFull("the disk that holds the database is full") from error
+        if code in (
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_READONLY,
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_PERM,
+            sqlite3.SQLITE_BUSY,
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
+        ):
+            raise StoreUnavailable(f"the database can't be used: {error}") from error
+        raise
+
+
+@dataclass(slots=True)
+class _Operation(Generic[T]):
+    function: Callable[[Database], T]
+    weight: int
+    future: asyncio.Future[T]
+
+
+class Writer:
+    """Group commit: one thread, one transaction for all operations that wait."""
+
+    def __init__(self, connection: Connection, publish: Callable[[Sequence[Any]], None]) -> None:
+        """``publish`` is called with what the operations of a committed batch announced."""
+        self._connection = connection
+        self._publish = publish
+        self._short: deque[_Operation[Any]] = deque()
+        self._bulk: deque[_Operation[Any]] = deque()
+        self._alone: deque[_Operation[Any]] = deque()
+        self._wake = asyncio.Event()
+
+    async def write(self, function: Callable[[Database], T], weight: int = 0) -> T:
+        """Run ``function`` in a transaction; returns when it is committed and synced.
+
+        ``weight`` is the number of bytes it writes; operations with a weight keep their
+        order among themselves, and those without one go before them.
+        """
+        return await self._enqueue(self._bulk if weight else self._short, function, weight)
+
+    async def outside_transaction(self, function: Callable[[Database], T]) -> T:
+        """Run ``function`` on the writer's connection with no transaction open."""
+        return await self._enqueue(self._alone, function, 0)
+
+    async def run(self) -> None:
+        """Commit for ever; operations that fail fail alone unless the transaction does."""
+        while True:
+            if self._alone:
+                await self._run_alone(self._alone.popleft())
+                continue
+            batch = self._next_batch()
+            if batch:
+                await self._commit(batch)
+                continue
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _enqueue(
+        self,
+        queue: deque[_Operation[Any]],
+        function: Callable[[Database], T],
+        weight: int,
+    ) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        queue.append(_Operation(function, weight, future))
+        self._wake.set()
+        return future
+
+    def _next_batch(self) -> list[_Operation[Any]]:
+        batch: list[_Operation[Any]] = []
+        budget = _BATCH_BYTES
+        while self._short and len(batch) < _BATCH_OPERATIONS:
+            batch.append(self._short.popleft())
+        while self._bulk and budget > 0 and len(batch) < _BATCH_OPERATIONS:
+            operation = self._bulk.popleft()
+            budget -= operation.weight
+            batch.append(operation)
+        return batch
+
+    async def _run_alone(self, operation: _Operation[Any]) -> None:
+        try:
+            with translated():
+                result = await self._connection.call(operation.function)
+        except Exception as error:  # noqa: BLE001 - it is the caller's, who awaits it
+            _fail(operation.future, error)
+        else:
+            _fulfil(operation.future, result)
+
+    async def _commit(self, batch: list[_Operation[Any]]) -> None:
+        functions = [operation.function for operation in batch]
+        try:
+            with translated():
+                batch_outcome = await self._connection.call(lambda db: _run_batch(db, functions))
+        except Exception as error:  # noqa: BLE001 - it is the callers', who await it
+            for operation in batch:
+                _fail(operation.future, error)
+            return
+        outcomes, announcements = batch_outcome
+        if announcements:
+            self._publish(announcements)
+        for operation, (result, error_or_none) in zip(batch, outcomes, strict=True):
+            if error_or_none is None:
+                _fulfil(operation.future, result)
+            else:
+                _fail(operation.future, error_or_none)
+
+
+def _fulfil(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():  # its caller may have been cancelled meanwhile
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+_Outcome: TypeAlias = tuple[Any, Exception | None]
+
+
+def _run_batch(
+    db: Database, functions: Sequence[Callable[[Database], Any]]
+) -> tuple[list[_Outcome], list[Any]]:
+    db.announcements = []
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        outcomes = [_run_in_savepoint(db, function) for function in functions]
+        db.execute("COMMIT")
+        return outcomes, db.announcements
+    except BaseException:
+        # SQLite may have rolled back by itself (SQLITE_FULL, SQLITE_IOERR)
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _run_in_savepoint(db: Database, function: Callable[[Database], Any]) -> _Outcome:
+    announced = len(db.announcements)
+    db.execute("SAVEPOINT operation")
+    try:
+        result = function(db)
+    except Exception as error:
+        if isinstance(error, sqlite3.OperationalError) or not db.in_transaction:
+            raise  # the environment failed, not this operation
+        db.execute("ROLLBACK TO operation")
+        db.execute("RELEASE operation")
+        del db.announcements[announced:]
+        return None, error
+    db.execute("RELEASE operation")
+    return result, None
+
+
+# --- opening ----------------------------------------------------------------------
+
+
+def lock_file(path: str) -> int:
+    """Take the lock that keeps a second server off the file, and hold it until close.
+
+    flock(2) on the database file itself, since the server writes no other file. SQLite
+    uses fcntl(2) locks, which on a local file system do not meet flock's. Closing *any*
+    descriptor of the file drops SQLite's locks (sqlite.org/howtocorrupt.html, 2.2), so
+    this one is closed only after SQLite has closed all of its own.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreRefused(f"{path}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StoreRefused(f"{path}: another server is running on this file") from None
+    return descriptor
+
+
+def prepare_connection(db: Database) -> None:
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+
+
+def prepare_reader(db: Database) -> None:
+    db.execute("PRAGMA query_only = ON")
+
+
+def vacuum_some(db: Database) -> bool:
+    """Give some free pages back to the file system; returns whether more are left."""
+    # the pragma does its work while its (empty) rows are stepped through
+    db.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+    return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
+
+
+def checkpoint(db: Database) -> None:
+    """Carry the WAL into the file, which shrinks only then (sqlite.org/wal.html)."""
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

@@ -1,0 +1,129 @@
+"""What happened: transitions of jobs and changes of agents, and the feed that tells of them.
+
+The store publishes here what it has committed, never before; whoever waits for
+something (a request with ``?wait``, a stream of events) subscribes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from protocol import JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One line of a job's history; ``at`` in Unix seconds, ``before`` None for the first.
+
+    ``id`` grows with every transition of any job. ``attempt`` is the number within the job.
+    """
+
+    id: int
+    job_id: int
+    user_id: int
+    service: str
+    attempt: int
+    at: float
+    before: JobState | None
+    after: JobState
+    reason: str
+
+
+class AgentChangeKind(enum.StrEnum):
+    """What happened to an agent."""
+
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+    LOST = "lost"
+    DRAINING = "draining"
+    RESUMED = "resumed"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentChange:
+    """One line of the agents' history; ``id`` grows with every change of any agent."""
+
+    id: int
+    agent_id: str
+    name: str
+    at: float
+    kind: AgentChangeKind
+
+
+Event: TypeAlias = Transition | AgentChange
+
+
+class Lagged(Exception):
+    """The subscriber was too slow: events were lost to it, and it gets no more."""
+
+
+class Subscription:
+    """What one subscriber has not taken yet, in order and bounded."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._waiting: deque[Event] = deque()
+        self._has_lagged = False
+        self._wake = asyncio.Event()
+
+    def add(self, event: Event) -> None:
+        """For :class:`Feed`: one more event, or the end if there are too many."""
+        if len(self._waiting) >= self._limit:
+            self._has_lagged = True
+        else:
+            self._waiting.append(event)
+        self._wake.set()
+
+    async def next(self) -> Event:
+        """Wait for the next event. Raises :class:`Lagged` once events were lost."""
+        while not self._waiting:
+            if self._has_lagged:
+                raise Lagged
+            self._wake.clear()
+            await self._wake.wait()
+        return self._waiting.popleft()
+
+
+class Feed:
+    """Passes on what happens to those who subscribed; costs nothing for those who did not."""
+
+    def __init__(self) -> None:
+        self._of_all: set[Subscription] = set()
+        self._of_jobs: dict[int, set[Subscription]] = {}
+
+    def publish(self, events: Sequence[Event]) -> None:
+        """Tell the subscribers what has been committed, in its order."""
+        for event in events:
+            for subscription in self._of_all:
+                subscription.add(event)
+            if isinstance(event, Transition) and event.job_id in self._of_jobs:
+                for subscription in self._of_jobs[event.job_id]:
+                    subscription.add(event)
+
+    @contextmanager
+    def all_events(self, limit: int) -> Iterator[Subscription]:
+        """Subscribe to everything; a subscriber that is ``limit`` events behind has lagged."""
+        subscription = Subscription(limit)
+        self._of_all.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._of_all.discard(subscription)
+
+    @contextmanager
+    def transitions_of(self, job_id: int, limit: int) -> Iterator[Subscription]:
+        """Subscribe to one job; a subscriber that is ``limit`` events behind has lagged."""
+        subscription = Subscription(limit)
+        self._of_jobs.setdefault(job_id, set()).add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._of_jobs[job_id].discard(subscription)
+            if not self._of_jobs[job_id]:
+                del self._of_jobs[job_id]
