@@ -1,0 +1,183 @@
+"""Strangers on the agent channel: random and mutated frames, wrong order, giant lengths.
+
+The seed is printed with a failure; FAULT_SEED=N repeats the same frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Callable
+
+import aiohttp
+import psutil
+
+import protocol
+from protocol import JobState
+from tests.harness import AgentProcess, Server, curl, eventually
+
+NewAgent = Callable[[str], AgentProcess]
+
+_CONNECTIONS = 150
+_INTEGERS = (-1, 0, 1, 2, 7, 255, 2**31, 2**63 - 1, 2**63, 2**64, 10**40)
+_VALUES: tuple[object, ...] = (
+    *_INTEGERS,
+    None,
+    True,
+    "",
+    "x" * 300,
+    "\x00",
+    "é",
+    [],
+    {},
+    [[]],
+    1.5,
+    float("inf"),
+)
+
+
+class Stranger:
+    """Makes up what a broken or hostile agent might send."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def hello(self) -> str:
+        name = f"fuzz{self.random.randrange(5)}"
+        slots = self.random.randrange(4)
+        hello = protocol.Hello(1, name, str(self.random.random()), name, "0", slots, None, ())
+        if self.random.random() < 0.5:
+            held = protocol.HeldAttempt(
+                self._small(), self._small(), self._phase(), self.random.choice((0, 1, 2**40))
+            )
+            hello = dataclasses.replace(hello, attempts=(held,) * self.random.randrange(3))
+        return protocol.encode(hello)
+
+    def frames(self) -> list[str | bytes]:
+        return [self._frame() for _ in range(self.random.randrange(1, 12))]
+
+    def _frame(self) -> str | bytes:
+        make = self.random.choice(
+            (self._message, self._message, self._mutated, self._mutated, self._binary, self._noise)
+        )
+        return make()
+
+    def _small(self) -> int:
+        return self.random.randrange(1, 30)
+
+    def _phase(self) -> protocol.AttemptPhase:
+        return self.random.choice(list(protocol.AttemptPhase))
+
+    def _message(self) -> str:
+        """A well-formed message, mostly of the wrong time or about the wrong attempt."""
+        finished = protocol.Finished(
+            self._small(),
+            self.random.choice(list(JobState)),
+            self.random.choice((None, 0, 1)),
+            "made up",
+            self.random.choice((-1, 0, 1, 2**20, 2**62)),
+            "0" * 64,
+        )
+        messages: list[protocol.Message] = [
+            finished,
+            protocol.Accepted(self._small()),
+            protocol.Started(self._small()),
+            protocol.Rejected(self._small(), "no"),
+            protocol.Lost(self._small(), "lost"),
+            protocol.Heartbeat(),
+            protocol.Drain(),
+            protocol.Stored(self._small()),
+            protocol.Acknowledge(self._small() << 3, self.random.choice(_INTEGERS[:8])),
+        ]
+        return protocol.encode(self.random.choice(messages))
+
+    def _mutated(self) -> str:
+        text = self._message()
+        position = self.random.randrange(len(text))
+        if self.random.random() < 0.5:
+            return text[:position] + chr(self.random.randrange(1, 0x2FF)) + text[position + 1 :]
+        name = self.random.choice(("attempt_id", "state", "type"))
+        value = json.dumps(self.random.choice(_VALUES))
+        return text.replace(f'"{name}":', f'"{name}":{value},"was":', 1)
+
+    def _binary(self) -> bytes:
+        stream = self.random.randrange(8)
+        offset = self.random.choice((0, 1, protocol.CHUNK_BYTES, 2**63))
+        size = self.random.choice((0, 1, 100, protocol.CHUNK_BYTES, protocol.CHUNK_BYTES + 1))
+        return protocol.encode_frame(self._small() << 3 | stream, offset, bytes(size))
+
+    def _noise(self) -> str | bytes:
+        data = self.random.randbytes(self.random.choice((0, 1, 16, 17, 5000)))
+        return data if self.random.random() < 0.5 else data.hex()
+
+
+async def _visit(session: aiohttp.ClientSession, url: str, frames: list[str | bytes]) -> None:
+    """Say all of it, then wait for the end that the server or we ourselves bring about."""
+    async with session.ws_connect(f"{url}/agent") as peer:
+        with contextlib.suppress(ConnectionError):
+            for frame in frames:
+                await (peer.send_str(frame) if isinstance(frame, str) else peer.send_bytes(frame))
+        await peer.send_str("}")  # what the server can't but answer with a good-bye
+        while not peer.closed:
+            message = await peer.receive(timeout=20)
+            if message.type is aiohttp.WSMsgType.CLOSE:
+                assert message.data in (1001, 1002, 1008, 1009), message
+                assert message.extra, "the server says why"
+
+
+async def test_no_frame_ends_the_server_or_leaves_anything_behind(
+    bare_server: Server, new_agent: NewAgent
+) -> None:
+    seed = int(os.environ.get("FAULT_SEED") or random.randrange(2**32))
+    stranger = Stranger(seed)
+    data = {"data": b"x" * 600_000}
+    jobs = [await bare_server.upload("echo done > out", data, user=user) for user in range(3)]
+    try:
+        async with aiohttp.ClientSession() as session:
+            for number in range(_CONNECTIONS):
+                first = [stranger.hello()] if number % 10 else []
+                with contextlib.suppress(ConnectionError):
+                    await _visit(session, bare_server.url, [*first, *stranger.frames()])
+        assert (await curl(f"{bare_server.url}/health")).status == 200
+        log = bare_server.log()
+        for sign_of_a_defect in ("Traceback", "internal_error", "session_failed"):
+            assert sign_of_a_defect not in log, log[log.index(sign_of_a_defect) - 500 :][:3000]
+        process = psutil.Process(bare_server.pid)
+        await eventually(
+            lambda: not [c for c in process.net_connections() if c.status == "ESTABLISHED"],
+            "all connections are closed",
+        )
+        agent = new_agent("honest")
+        await agent.start()
+        job_id = await bare_server.upload("echo honest > out", user=9)
+        assert (await bare_server.result(job_id)).read("out") == b"honest\n"
+        for other in jobs:  # killed, failed or given back by what strangers said, never stuck
+            await bare_server.wait(other, seconds=40)
+        blobs = "SELECT count(*) FROM blob WHERE state != 'sealed'"
+        await eventually(lambda: bare_server.query(blobs) == [(0,)], "no bytes of strangers stay")
+    except BaseException as error:
+        error.add_note(f"FAULT_SEED={seed}")
+        raise
+
+
+async def test_a_giant_frame_is_refused_with_a_reason_and_costs_bounded_memory(
+    bare_server: Server,
+) -> None:
+    process = psutil.Process(bare_server.pid)
+    before = process.memory_info().rss
+    giant = "x" * (protocol.MAX_TEXT_BYTES + 1)
+    async with aiohttp.ClientSession() as session:
+        for _ in range(3):
+            async with session.ws_connect(f"{bare_server.url}/agent") as peer:
+                await peer.send_str(Stranger(1).hello())
+                with contextlib.suppress(ConnectionError):
+                    await peer.send_str(giant)
+                message = await peer.receive(timeout=20)
+                while message.type is aiohttp.WSMsgType.TEXT:
+                    message = await peer.receive(timeout=20)
+                assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+    assert process.memory_info().rss - before < 3 * protocol.MAX_TEXT_BYTES
+    assert (await curl(f"{bare_server.url}/health")).status == 200
