@@ -42,6 +42,7 @@ _LAST_RETRY_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
 _SILENT_HEARTBEATS = 2.5
 _STOP_SECONDS = 5.0
+_TRIM_SECONDS = 1.0  # a job that writes 1 GB/s holds so much of it for so long
 _LOCK_SECONDS = 10.0
 _LOCK_PAUSE_SECONDS = 0.05
 
@@ -357,7 +358,7 @@ class Agent:
             await directory.start()
             self._enter(held, AttemptPhase.RUNNING)
         if held.phase is AttemptPhase.RUNNING:
-            ended = await directory.wait()
+            ended = await _end_of_job(directory)
             held.is_ending = True  # from here on there is nothing to kill
             held.finished = await asyncio.to_thread(directory.finish, ended)
             self._enter(held, AttemptPhase.FINISHED)
@@ -428,6 +429,23 @@ class Agent:
         if offset < size:
             transfer = protocol.transfer_id(held.id, Stream.RESULT)
             self._outbox.open(transfer, source, offset, size)
+
+
+async def _end_of_job(directory: runner.JobDirectory) -> runner.Exit:
+    """Wait for the end of a job; meanwhile keep what its output takes on the disk in bounds."""
+    trimming = asyncio.create_task(_trim(directory.logs()), name="trim logs")
+    try:
+        return await directory.wait()
+    finally:
+        trimming.cancel()
+
+
+async def _trim(logs: Sequence[runner.CapturedLog]) -> None:
+    while True:
+        await asyncio.sleep(_TRIM_SECONDS)
+        for captured in logs:
+            if captured.gap() is not None:
+                await asyncio.to_thread(captured.trim)
 
 
 class _ConnectionEnded(Exception):

@@ -28,6 +28,8 @@ MAX_UPLOAD_BYTES = 400 * 1024 * 1024
 MAX_FILES = 10_000
 """The largest number of files of one job; its list must fit into one message to the agent."""
 
+_MIB = 1024 * 1024
+
 _SERVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SERVICE_KEY = re.compile(r"SERVICE_(?P<name>.+)_(?P<limit>RUNS_PER_USER|MAX_RUNS|TIMEOUT)")
 _AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -53,6 +55,8 @@ class Settings:
     ``max_age``: how long files of a final job are kept. ``lease``: how long an agent
     may be away before its jobs go to another. ``max_attempts``: how often a job may
     be started. ``kill_grace``: time between SIGTERM and SIGKILL for a job's processes.
+    ``max_result_bytes``, ``max_result_files``: what a job may leave, before it is compressed;
+    ``max_log_bytes``: what is kept of each of its two output streams.
     ``slots``: slots of the embedded agent. ``allowed_hosts``: further names under
     which browsers and clients may address the server.
     """
@@ -64,6 +68,9 @@ class Settings:
     lease: float = 60.0
     max_attempts: int = 3
     kill_grace: float = 5.0
+    max_result_bytes: int = 4 * 1024 * _MIB
+    max_result_files: int = 1_000_000
+    max_log_bytes: int = 16 * _MIB
     slots: int = field(default_factory=lambda: os.cpu_count() or 1)
     allowed_hosts: tuple[str, ...] = ()
     agent_token: str | None = field(default=None, repr=False)
@@ -126,6 +133,9 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
     "LEASE": ("lease", _seconds(1, 7 * 24 * 3600)),
     "MAX_ATTEMPTS": ("max_attempts", _integer(1, 1000)),
     "KILL_GRACE": ("kill_grace", _seconds(0, 3600)),
+    "MAX_RESULT_BYTES": ("max_result_bytes", _integer(1, 2**48)),
+    "MAX_RESULT_FILES": ("max_result_files", _integer(1, 100_000_000)),
+    "MAX_LOG_BYTES": ("max_log_bytes", _integer(2, 2**40)),
     "SLOTS": ("slots", _integer(1, 4096)),
     "ALLOWED_HOSTS": ("allowed_hosts", _names),
     AGENT_TOKEN_VARIABLE: ("agent_token", _token),

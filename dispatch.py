@@ -478,6 +478,9 @@ class _Session:
                 service=attempt.job.service,
                 timeout_seconds=limits.timeout,
                 grace_seconds=settings.kill_grace,
+                output=protocol.OutputLimits(
+                    settings.max_result_bytes, settings.max_result_files, settings.max_log_bytes
+                ),
                 files=tuple(file.spec for file in assignment.files),
             )
         )

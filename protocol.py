@@ -208,6 +208,15 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputLimits:
+    """How much a job may leave: bytes and number of its files, bytes of each of its two logs."""
+
+    result_bytes: int
+    result_files: int
+    log_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Assign:
     """Server gives an attempt; the bytes of ``files`` follow as its INPUT transfer, in order."""
 
@@ -218,6 +227,7 @@ class Assign:
     service: str
     timeout_seconds: int | None
     grace_seconds: float
+    output: OutputLimits
     files: tuple[FileSpec, ...]
 
 

@@ -18,38 +18,41 @@ The functions block on files; callers that must not wait use a thread.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import enum
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import os
-import shutil
 import signal
 import stat
-import struct
 import subprocess
 import sys
-import time
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import archive
 import protocol
-from protocol import Assign, AttemptPhase, Finished, JobState
+from protocol import Assign, AttemptPhase, Finished, JobState, OutputLimits
 
 log = logging.getLogger("orchestrator.runner")
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _DIRECTORY_VARIABLE = "ORCHESTRATOR_JOB_DIRECTORY"
-_COPY_BYTES = 1024 * 1024
-_SAMPLE_BYTES = 64 * 1024
 _KILL_PAUSE_SECONDS = 0.01
-_LONGEST_MEMBER_NAME = 65535  # bytes; the ZIP format has 16 bits for it
+_TRIM_BYTES = 1024 * 1024  # a smaller gap, or one that grew by less, is not worth a call
+_PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01  # fallocate(2)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_GIVEN_UP = "given-up"
+_NO_ROOM = (
+    "the agent's disk has no room for the archive of the job's files;"
+    " of its output only the logs are kept"
+)
 _REMOVED_SUFFIX = ".removed"
 
 _PASSED_VARIABLES = frozenset(
@@ -352,36 +355,73 @@ class JobDirectory:
 
     def finish(self, ended: Exit) -> Finished:
         """Archive what the job left, and write down the message that reports it."""
-        archive = self.path / "result.zip"
-        unfinished = self.path / "result.zip.new"
-        skipped = _write_archive(unfinished, self.path)
-        with open(unfinished, "rb") as source:
-            digest = hashlib.file_digest(source, "sha256").hexdigest()
-        unfinished.rename(archive)
-        state, message = _outcome(ended, self.assign)
-        if skipped:
-            message = "; ".join(part for part in (message, skipped) if part)
+        limits = self.assign.output
+        state, outcome = _outcome(ended, self.assign)
+        excess = self._not_archived() or _excess(
+            _measure(self.path / "job", limits.result_files), limits
+        )
+        try:
+            problem = self._archive(None if excess else self.path / "job")
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            excess = self._give_up_files(error)
+            problem = self._archive(None)
+        if excess and state is JobState.COMPLETED:
+            state = JobState.FAILED
         report = Finished(
             attempt_id=self.assign.attempt_id,
             state=state,
             exit_code=ended.code if ended.kind is ExitKind.EXITED else None,
-            message=message,
-            result_size=archive.stat().st_size,
-            result_sha256=digest,
+            message="; ".join(part for part in (outcome, excess, problem) if part),
+            result_size=(self.path / "result.zip").stat().st_size,
+            result_sha256=self._archive_digest(),
         )
         _write_atomically(self.path / "finished.json", protocol.encode(report))
         return report
+
+    def _archive(self, top: Path | None) -> str | None:
+        unfinished = self.path / "result.zip.new"
+        try:
+            problem = _write_archive(unfinished, top, self.logs())
+            unfinished.rename(self.path / "result.zip")
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return problem
+
+    def _not_archived(self) -> str | None:
+        """Return the reason if the job's files were given up before, perhaps in a crash."""
+        return _NO_ROOM if (self.path / _GIVEN_UP).exists() else None
+
+    def _give_up_files(self, error: OSError) -> str:
+        """Remove the job's files, which the full disk has no room to archive, for the logs."""
+        log.warning("event=result_given_up attempt=%d error=%r", self.assign.attempt_id, error)
+        # a new name says it, and takes no space: an empty directory would look like a result
+        with suppress(FileNotFoundError):
+            (self.path / "job").rename(self.path / _GIVEN_UP)
+        _remove_contents(self.path / _GIVEN_UP)
+        return _NO_ROOM
+
+    def logs(self) -> tuple[CapturedLog, ...]:
+        """Return the job's captured output, as far as it is."""
+        limit = self.assign.output.log_bytes
+        return tuple(CapturedLog(self.path / name, limit) for name in _LOG_NAMES)
 
     def report(self) -> Finished:
         """Return the report that :meth:`finish` wrote. Raises :class:`JobLost` if it is damaged."""
         try:
             message = protocol.decode((self.path / "finished.json").read_text(encoding="utf-8"))
-            size = (self.path / "result.zip").stat().st_size
+            digest = self._archive_digest()
         except (OSError, protocol.ProtocolError) as error:
             raise JobLost(f"the record of the result can't be read: {error}") from None
-        if not isinstance(message, Finished) or message.result_size != size:
+        # the archive itself was not synced: the machine may have gone down with a part of it
+        if not isinstance(message, Finished) or message.result_sha256 != digest:
             raise JobLost("the result archive is damaged")
         return message
+
+    def _archive_digest(self) -> str:
+        with open(self.path / "result.zip", "rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
 
     def read_result(self, offset: int) -> bytes:
         """Return one chunk of the archive."""
@@ -482,140 +522,136 @@ def _processes_with(mark: bytes) -> list[int]:
     return found
 
 
-# --- archive ----------------------------------------------------------------------
+# --- captured output --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """A file below the job's directory: open directory, name in it, name in the archive."""
+class Gap:
+    """The middle of a log that is left out: from ``start``, ``length`` bytes."""
 
-    directory: int
-    name: str
-    archive_name: str
-    status: os.stat_result
+    start: int
+    length: int
 
 
-def _write_archive(target: Path, attempt: Path) -> str:
-    """Write the result; returns a sentence about what had to be left out, or nothing."""
-    skipped = 0
-    with zipfile.ZipFile(target, "w", allowZip64=True) as archive:
-        for entry in _walk(attempt / "job"):
-            skipped += not _add(archive, entry)
-        names = set(archive.NameToInfo)
-        for name, other in _LOG_NAMES.items():
-            _add_log(archive, attempt / name, other if name in names else name)
-    return f"{skipped} files or directories could not be put into the result" if skipped else ""
+class CapturedLog:
+    """One output stream of a job: a file that the job itself appends to, with no pipe between.
 
-
-def _walk(top: Path) -> Iterator[_Entry]:
-    """Yield everything below ``top``, parents first, without following links.
-
-    By one directory descriptor that goes down and, by way of "..", up again: neither the
-    length of a path nor the depth of a tree matters. An entry's descriptor is valid until the
-    next entry is asked for.
+    Of more than ``limit`` bytes only the start and the end are kept, half each. What lies
+    between is given back to the disk while the file still grows (:meth:`trim`); the offsets of
+    the rest stay as the job wrote them. The path is within reach of the job, so what is there
+    now need not be what was made.
     """
-    try:
-        directory = _open_directory(str(top), None)
-    except FileNotFoundError:
-        return  # the job removed its own directory
-    levels = [("", iter(sorted(os.listdir(directory))))]
-    try:
-        while levels:
-            prefix, names = levels[-1]
-            name = next(names, None)
-            if name is None:
-                levels.pop()
-                directory = _replace(directory, "..") if levels else directory
-                continue
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            archive_name = prefix + _printable(name)
-            if stat.S_ISDIR(status.st_mode):
-                archive_name += "/"
-            yield _Entry(directory, name, archive_name, status)
-            if stat.S_ISDIR(status.st_mode):
-                directory = _replace(directory, name)
-                levels.append((archive_name, iter(sorted(os.listdir(directory)))))
-    finally:
-        os.close(directory)
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path = path
+        self.limit = limit
+        self._trimmed = 0  # up to where the middle has been given back
+
+    def size(self) -> int:
+        """Return how many bytes the job wrote; 0 if there is no such file (any more)."""
+        status = self.status()
+        return 0 if status is None else status.st_size
+
+    def gap(self) -> Gap | None:
+        """Return what is left out of the file as it is now, None while it is within the limit."""
+        left_out = self.size() - self.limit
+        return Gap(self.limit // 2, left_out) if left_out > 0 else None
+
+    def trim(self) -> None:
+        """Give the disk space of the gap back; a file system that can't do that keeps it."""
+        gap = self.gap()
+        if gap is None or gap.start + gap.length < self._trimmed + _TRIM_BYTES:
+            return
+        with suppress(OSError), self._open(os.O_WRONLY) as file:
+            _punch_hole(file.fileno(), gap.start, gap.length)
+            self._trimmed = gap.start + gap.length
+
+    def content(self) -> Iterator[bytes]:
+        """Yield what is kept; a line in the place of the gap says how much is missing."""
+        with self._open(os.O_RDONLY) as file:
+            size = os.fstat(file.fileno()).st_size
+            left_out = size - self.limit
+            if left_out <= 0:
+                yield from archive.read_pieces(file, size)
+                return
+            yield from archive.read_pieces(file, self.limit // 2)
+            yield b"\n[... %d bytes left out ...]\n" % left_out
+            file.seek(left_out, os.SEEK_CUR)
+            yield from archive.read_pieces(file, self.limit - self.limit // 2)
+
+    def status(self) -> os.stat_result | None:
+        """Return the state of the file, None if there is none or if it is no file any more."""
+        with suppress(OSError):
+            status = self.path.lstat()
+            return status if stat.S_ISREG(status.st_mode) else None
+        return None
+
+    def _open(self, access: int) -> IO[bytes]:
+        # the job may have put a link or a fifo there, which would block
+        flags = access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        mode = "rb" if access == os.O_RDONLY else "wb"
+        return os.fdopen(os.open(self.path, flags), mode, buffering=0)
 
 
-def _replace(directory: int, name: str) -> int:
-    other = _open_directory(name, directory)
-    os.close(directory)
-    return other
+def _punch_hole(descriptor: int, start: int, length: int) -> None:
+    """Make a hole in a file, whose size does not change (fallocate(2))."""
+    # looked up at each use, which is rare: an agent that never needs it does not load ctypes
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, start, length) != 0:
+        raise OSError(ctypes.get_errno(), "fallocate")
 
 
-def _open_directory(name: str, parent: int | None) -> int:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(name, flags, dir_fd=parent)
-    except PermissionError:
-        os.chmod(name, 0o700, dir_fd=parent)  # it is ours, only its mode forbids
-        return os.open(name, flags, dir_fd=parent)
+# --- what the job left ------------------------------------------------------------
 
 
-def _printable(name: str) -> str:
-    """Return a name that ZIP can hold: bytes that are not UTF-8 are shown as ``\\xNN``."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """How many files and directories there are, and how many bytes they hold, uncompressed."""
+
+    files: int
+    size: int
 
 
-def _add(archive: zipfile.ZipFile, entry: _Entry) -> bool:
-    """Add a file, directory or link; skips sockets, fifos and devices. False if it can't be."""
-    mode = entry.status.st_mode
-    if len(entry.archive_name.encode()) > _LONGEST_MEMBER_NAME:
-        return False
-    info = _zip_info(entry.archive_name, entry.status)
-    if stat.S_ISDIR(mode):
-        info.external_attr |= 0x10  # the MS-DOS directory bit, which some programs look for
-        archive.writestr(info, b"")
-    elif stat.S_ISLNK(mode):
-        archive.writestr(info, os.fsencode(os.readlink(entry.name, dir_fd=entry.directory)))
-    elif stat.S_ISREG(mode):
-        try:
-            source = _open_for_reading(entry)
-        except PermissionError:
-            return False
-        with source:
-            _copy_into(archive, info, source)
-    return True
+def _measure(top: Path, limit: int) -> _Contents:
+    """Count what is below ``top``, up to one more than ``limit`` files."""
+    files = size = 0
+    for entry in archive.walk(top):
+        files += 1
+        size += entry.status.st_size if stat.S_ISREG(entry.status.st_mode) else 0
+        if files > limit:
+            break
+    return _Contents(files, size)
 
 
-def _add_log(archive: zipfile.ZipFile, path: Path, name: str) -> None:
-    with suppress(FileNotFoundError), open(path, "rb") as source:
-        _copy_into(archive, _zip_info(name, os.fstat(source.fileno())), source)
+def _excess(contents: _Contents, limits: OutputLimits) -> str | None:
+    """Say what of a result is over the limits."""
+    if contents.files > limits.result_files:
+        return (
+            f"the job left more than {limits.result_files} files,"
+            " which is the limit (MAX_RESULT_FILES); of its output only the logs are kept"
+        )
+    if contents.size > limits.result_bytes:
+        return (
+            f"the files that the job left have {contents.size} bytes, more than the limit of"
+            f" {limits.result_bytes} (MAX_RESULT_BYTES); of its output only the logs are kept"
+        )
+    return None
 
 
-def _open_for_reading(entry: _Entry) -> IO[bytes]:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        return os.fdopen(os.open(entry.name, flags, dir_fd=entry.directory), "rb")
-    except PermissionError:
-        # it is ours, only its mode forbids; the archive keeps that mode
-        os.chmod(entry.name, entry.status.st_mode | stat.S_IRUSR, dir_fd=entry.directory)
-        return os.fdopen(os.open(entry.name, flags, dir_fd=entry.directory), "rb")
-
-
-def _zip_info(name: str, status: os.stat_result) -> zipfile.ZipInfo:
-    moment = min(max(status.st_mtime, 315619200), 4354732800)  # ZIP knows 1980 to 2107
-    info = zipfile.ZipInfo(name, time.localtime(moment)[:6])
-    info.create_system = 3  # Unix: the high half of external_attr is the mode
-    info.external_attr = (status.st_mode & 0xFFFF) << 16
-    info.file_size = status.st_size
-    if 0 <= status.st_mtime < 2**31:
-        # Info-ZIP's extended timestamp: seconds in UTC, where ZIP has two-second local time
-        info.extra = struct.pack("<HHBl", 0x5455, 5, 1, int(status.st_mtime))
-    return info
-
-
-def _copy_into(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: IO[bytes]) -> None:
-    start = source.read(_SAMPLE_BYTES)
-    if len(zlib.compress(start, 1)) < 0.9 * len(start):
-        info.compress_type = zipfile.ZIP_DEFLATED
-        # ZipFile's own level is not used for a ZipInfo that is passed in (bpo-21417)
-        info._compresslevel = 1  # type: ignore[attr-defined]
-    with archive.open(info, "w", force_zip64=info.file_size >= 2**31) as target:
-        target.write(start)
-        shutil.copyfileobj(source, target, _COPY_BYTES)
+def _write_archive(target: Path, top: Path | None, logs: Sequence[CapturedLog]) -> str | None:
+    """Write the result: what is below ``top``, and the logs; says what had to be left out."""
+    skipped = 0
+    taken: set[str] = set()
+    with archive.new_zip(target) as writer:
+        for entry in archive.walk(top) if top is not None else ():
+            skipped += not archive.add_entry(writer, entry)
+            taken |= {entry.archive_name} & _LOG_NAMES.keys()
+        for captured in logs:
+            status, name = captured.status(), captured.path.name
+            if status is not None:
+                writer.add(_LOG_NAMES[name] if name in taken else name, status, captured.content())
+    return f"{skipped} files or directories could not be put into the result" if skipped else None
 
 
 # --- files ------------------------------------------------------------------------
@@ -631,25 +667,37 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _remove_tree(top: Path) -> None:
-    """Remove a directory with all that a job may have left in it; no error if there is none.
+    """Remove a directory with all that a job may have left in it; no error if there is none."""
+    with suppress(FileNotFoundError):
+        _remove_contents(top)
+        top.rmdir()
+
+
+def _remove_contents(top: Path) -> None:
+    """Empty a directory of all that a job may have left in it.
 
     Directories are moved up to the top before they are emptied, so that the depth of the tree
     does not matter (shutil.rmtree recurses).
     """
-    try:
-        directory = _open_directory(str(top), None)
-    except FileNotFoundError:
-        return
+    directory = archive.open_directory(str(top), None)
     numbers = itertools.count()
     try:
-        while names := os.listdir(directory):
-            for name in names:
-                if not _unlink(name, directory):
-                    _empty_into(name, directory, numbers)
-                    os.rmdir(name, dir_fd=directory)
+        while _remove_some(directory, numbers):
+            pass
     finally:
         os.close(directory)
-    top.rmdir()
+
+
+def _remove_some(directory: int, numbers: Iterator[int]) -> bool:
+    """Remove what is in the directory now; returns whether there was anything."""
+    found = False
+    for names in archive.portions_of_names(directory):
+        for name in names:
+            found = True
+            if not _unlink(name, directory):
+                _empty_into(name, directory, numbers)
+                os.rmdir(name, dir_fd=directory)
+    return found
 
 
 def _try_to_remove(path: Path) -> None:
@@ -662,9 +710,9 @@ def _try_to_remove(path: Path) -> None:
 
 def _empty_into(name: str, top: int, numbers: Iterator[int]) -> None:
     """Unlink the files of a directory in ``top`` and move its directories to ``top``."""
-    directory = _open_directory(name, top)
+    directory = archive.open_directory(name, top)
     try:
-        for child in os.listdir(directory):
+        for child in itertools.chain.from_iterable(archive.portions_of_names(directory)):
             if _unlink(child, directory):
                 continue
             # a directory that changes its parent must be writable itself

@@ -33,7 +33,8 @@ MAY_IMPORT = {
         *("protocol", "channel", "store", "database", "dispatch", "config"),
         *("api", "api_guard", "demo"),
     },
-    "runner": {"protocol"},
+    "archive": set[str](),
+    "runner": {"protocol", "archive"},
     "agent": {"protocol", "channel", "runner", "config"},
 }
 """The imports that docs/architecture.md allows."""
