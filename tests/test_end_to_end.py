@@ -161,42 +161,6 @@ async def test_the_result_keeps_trees_modes_times_and_links_and_skips_the_rest(
     assert archive.read("orchestrator-stdout.log") == b"captured\n"
 
 
-BAD_JOBS = {
-    "deep": (
-        'python3 -c \'import os\nfor i in range(3000): os.mkdir("dir"); os.chdir("dir")\n'
-        'open("bottom", "w")\'',
-        "Completed",
-        "dir/" * 3000 + "bottom",
-    ),
-    "deeper than ZIP can name": (
-        'python3 -c \'import os\nfor i in range(1000): os.mkdir("d" * 100); os.chdir("d" * 100)\'',
-        "Completed",
-        "run.sh",
-    ),
-    "removes its directory": ('rm -rf "$PWD"; echo gone', "Completed", "stdout.log"),
-    "many files": ("seq 20000 | xargs touch", "Completed", "20000"),
-    "no rights": ("mkdir -p a/b; touch a/b/c; chmod 000 a/b a", "Completed", "a/b/c"),
-    "sparse": ("truncate -s 3G sparse; head -c 1 sparse > one; rm sparse", "Completed", "one"),
-    "much output": ("yes | head -c 200000000", "Completed", "stdout.log"),
-    "CRLF": ("exit 3\r\n", "Failed", ""),
-    "binary": ("\x7fELF\x00\x01\x02", "Failed", ""),
-    "empty": ("", "Completed", "run.sh"),
-    "no last newline": ("echo x > y", "Completed", "y"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_JOBS)
-async def test_an_odd_job_ends_like_any_other(server: Server, case: str) -> None:
-    script, state, member = BAD_JOBS[case]
-    job_id = await server.upload(script)
-    assert (await server.wait(job_id, seconds=60))["status"] == state
-    if member:
-        assert member in (await server.result(job_id)).namelist()
-    attempts = server.directory / "orchestrator.db.agent" / "attempts"
-    await eventually(lambda: os.listdir(attempts) == [], "its directory is removed")
-    assert "embedded_agent_ended" not in server.log()
-
-
 async def test_nothing_of_a_job_survives_its_end(server: Server, tmp_path: Path) -> None:
     script = f"""
     sleep 1001 &
