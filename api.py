@@ -14,6 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
 import api_form
+import api_jobs
 import protocol
 from api_answers import (
     BadRequest,
@@ -124,7 +125,8 @@ class _Api:
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         job_id = job_id_of(request)
-        job = await self._store.job_status(job_id)
+        seconds = api_jobs.wait_seconds_of(request)
+        job = await api_jobs.status_within(request, self._store, job_id, seconds)
         if job is None:
             raise UnknownJob
         if job.state is not JobState.COMPLETED:

@@ -63,6 +63,10 @@ class Lagged(Exception):
     """The subscriber was too slow: events were lost to it, and it gets no more."""
 
 
+class FeedClosed(Exception):
+    """The server is stopping: nothing more will be told."""
+
+
 class Subscription:
     """What one subscriber has not taken yet, in order and bounded."""
 
@@ -70,6 +74,7 @@ class Subscription:
         self._limit = limit
         self._waiting: deque[Event] = deque()
         self._has_lagged = False
+        self._is_closed = False
         self._wake = asyncio.Event()
 
     def add(self, event: Event) -> None:
@@ -80,14 +85,34 @@ class Subscription:
             self._waiting.append(event)
         self._wake.set()
 
+    def close(self) -> None:
+        """For :class:`Feed`: no more events will come."""
+        self._is_closed = True
+        self._wake.set()
+
     async def next(self) -> Event:
-        """Wait for the next event. Raises :class:`Lagged` once events were lost."""
+        """Wait for the next event.
+
+        Raises :class:`Lagged` once events were lost, :class:`FeedClosed` after the last one.
+        """
+        await self._wait()
+        return self._waiting.popleft()
+
+    async def next_all(self) -> list[Event]:
+        """Wait until there is an event and take all that are there; raises as :meth:`next`."""
+        await self._wait()
+        events = list(self._waiting)
+        self._waiting.clear()
+        return events
+
+    async def _wait(self) -> None:
         while not self._waiting:
             if self._has_lagged:
                 raise Lagged
+            if self._is_closed:
+                raise FeedClosed
             self._wake.clear()
             await self._wake.wait()
-        return self._waiting.popleft()
 
 
 class Feed:
@@ -96,6 +121,7 @@ class Feed:
     def __init__(self) -> None:
         self._of_all: set[Subscription] = set()
         self._of_jobs: dict[int, set[Subscription]] = {}
+        self._is_closed = False
 
     def publish(self, events: Sequence[Event]) -> None:
         """Tell the subscribers what has been committed, in its order."""
@@ -106,10 +132,17 @@ class Feed:
                 for subscription in self._of_jobs[event.job_id]:
                     subscription.add(event)
 
+    def close(self) -> None:
+        """End all subscriptions, present and future: the server is stopping."""
+        self._is_closed = True
+        for subscriptions in (self._of_all, *self._of_jobs.values()):
+            for subscription in subscriptions:
+                subscription.close()
+
     @contextmanager
     def all_events(self, limit: int) -> Iterator[Subscription]:
         """Subscribe to everything; a subscriber that is ``limit`` events behind has lagged."""
-        subscription = Subscription(limit)
+        subscription = self._new_subscription(limit)
         self._of_all.add(subscription)
         try:
             yield subscription
@@ -119,7 +152,7 @@ class Feed:
     @contextmanager
     def transitions_of(self, job_id: int, limit: int) -> Iterator[Subscription]:
         """Subscribe to one job; a subscriber that is ``limit`` events behind has lagged."""
-        subscription = Subscription(limit)
+        subscription = self._new_subscription(limit)
         self._of_jobs.setdefault(job_id, set()).add(subscription)
         try:
             yield subscription
@@ -127,3 +160,9 @@ class Feed:
             self._of_jobs[job_id].discard(subscription)
             if not self._of_jobs[job_id]:
                 del self._of_jobs[job_id]
+
+    def _new_subscription(self, limit: int) -> Subscription:
+        subscription = Subscription(limit)
+        if self._is_closed:
+            subscription.close()
+        return subscription

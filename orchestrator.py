@@ -89,6 +89,7 @@ async def _serve_store(
         log.info("event=stopping")
         _announce_stop(len(await store.active_jobs()))
     finally:
+        store.feed.close()  # whoever waits for something to happen is answered now
         if agent is not None:
             agent.cancel()
             await asyncio.wait([agent])

@@ -24,9 +24,11 @@ MAY_IMPORT = {
     "api_answers": {"protocol", "store", "database", "dispatch", "config"},
     "api_guard": {"config", "api_answers"},
     "api_form": {"protocol", "store", "config", "api_answers"},
+    "api_connection": set[str](),
+    "api_jobs": {"protocol", "events", "store", "api_answers", "api_connection"},
     "api": {
         *("protocol", "store", "database", "dispatch", "config"),
-        *("api_answers", "api_guard", "api_form"),
+        *("api_answers", "api_guard", "api_form", "api_jobs"),
     },
     "demo": {"api"},
     "orchestrator": {

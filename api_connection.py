@@ -1,0 +1,54 @@
+"""The connection of a client: work that is for this client alone ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from aiohttp import web
+
+
+@contextmanager
+def ended_by_disconnection(request: web.Request) -> Iterator[None]:
+    """Interrupt what waits inside when the client goes; raises :class:`ConnectionResetError`.
+
+    aiohttp can do this for all handlers or for none (``handler_cancellation``), and most must
+    not be interrupted: a stored job has to be put in line, whether or not its client waits.
+    """
+    transport = request.transport
+    task = asyncio.current_task()
+    if transport is None or task is None:
+        raise ConnectionResetError("the client is gone")
+    protocol = cast(asyncio.Protocol, transport.get_protocol())
+    watch = _Watch(protocol, task)
+    transport.set_protocol(watch)
+    try:
+        yield
+    except asyncio.CancelledError:
+        # as asyncio.timeout() does it: only if nobody else wants the task to end
+        if watch.is_lost and task.uncancel() == 0:
+            raise ConnectionResetError("the client is gone") from None
+        raise
+    finally:
+        if not watch.is_lost:
+            transport.set_protocol(protocol)
+
+
+class _Watch(asyncio.Protocol):
+    """Stands between transport and protocol, passes everything on, and notices the end."""
+
+    def __init__(self, protocol: asyncio.Protocol, task: asyncio.Task[object]) -> None:
+        self.is_lost = False
+        self._task = task
+        self._protocol = protocol
+        self.data_received = protocol.data_received  # type: ignore[method-assign]
+        self.eof_received = protocol.eof_received  # type: ignore[method-assign]
+        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_lost = True
+        self._protocol.connection_lost(exc)
+        self._task.cancel()
