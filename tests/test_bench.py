@@ -1,0 +1,107 @@
+"""The benchmarks run and say something sane; no time is asserted here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.__main__ import BENCHMARKS
+from tests.harness import PROJECT, eventually
+
+_FIGURE_FIELDS = {
+    *("benchmark", "what", "unit", "median", "p95", "min", "max", "samples", "floor"),
+    *("ratio", "target", "met", "note"),
+}
+_MAY_BE_ZERO = {"CPU s/min", "% of a core"}
+_RUN_FIELDS = {
+    *("scale", "started_at", "seconds", "commit", "machine", "versions", "figures", "failures"),
+}
+
+
+async def _start(place: Path, *names: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bench", "--smoke", *names),
+        *("--json", str(place / "bench.json"), "--dir", str(place)),
+        cwd=PROJECT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one smoke run of all benchmarks wrote."""
+    place = tmp_path_factory.mktemp("bench")
+
+    async def run() -> tuple[int | None, bytes, bytes]:
+        process = await _start(place)
+        output, errors = await process.communicate()
+        return process.returncode, output, errors
+
+    code, output, errors = asyncio.run(run())
+    assert code == 0, errors.decode()
+    assert [path.name for path in place.iterdir()] == ["bench.json"], "it left files behind"
+    document = json.loads((place / "bench.json").read_text())
+    assert isinstance(document, dict)
+    document["output"] = output.decode()
+    return document
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_and_gives_sane_figures(smoke_run: dict[str, Any], name: str) -> None:
+    figures = [figure for figure in smoke_run["figures"] if figure["benchmark"] == name]
+    assert figures
+    for figure in figures:
+        assert set(figure) == _FIGURE_FIELDS
+        # a process that has nothing to do may really use no processor time at all
+        assert figure["min"] > 0 or figure["unit"] in _MAY_BE_ZERO, figure
+        assert 0 <= figure["min"] <= figure["median"] <= figure["max"], figure
+        assert figure["min"] <= figure["p95"] <= figure["max"]
+        assert (figure["met"] is None) == (figure["target"] is None)
+        if figure["floor"] is not None:
+            assert figure["floor"]["what"] and min(figure["floor"]["samples"]) > 0
+            assert figure["ratio"] > 0
+        assert figure["what"] in smoke_run["output"]
+    assert any("server memory" in figure["what"] for figure in figures)
+
+
+def test_a_run_says_what_was_measured_on_what(smoke_run: dict[str, Any]) -> None:
+    assert set(smoke_run) - {"output"} == _RUN_FIELDS
+    assert smoke_run["failures"] == {}
+    assert smoke_run["machine"]["cores"] == os.cpu_count()
+    assert smoke_run["versions"]["aiohttp"]
+
+
+async def test_an_interrupted_run_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    process = await _start(tmp_path, "idle")
+    databases: list[Path] = []
+
+    def has_a_server() -> bool:
+        databases.extend(tmp_path.glob("*/idle/*.db"))
+        return bool(databases)
+
+    await eventually(has_a_server, "a server has its database")
+    process.send_signal(signal.SIGINT)
+    await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+    assert not _processes_naming(databases[0].parent)
+
+
+def _processes_naming(directory: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue  # it has ended
+        if os.fsencode(directory) in command:
+            found.append(command.decode())
+    return found
