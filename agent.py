@@ -29,10 +29,11 @@ from urllib.parse import urlsplit
 import aiohttp
 
 import config
+import logs
 import protocol
 import runner
 from channel import Outbox, first_failure
-from config import ConfigError
+from config import ConfigError, LogFormat
 from protocol import AttemptPhase, Stream
 
 log = logging.getLogger("orchestrator.agent")
@@ -549,6 +550,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="how long SIGTERM lets running jobs finish; those left run on for the next start,"
         " as they do at once after a second SIGTERM (default: 300)",
     )
+    parser.add_argument(
+        "--log-format", choices=list(LogFormat), default=LogFormat.TEXT, help="default: text"
+    )
     parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=config.VERSION)
     return parser.parse_args(arguments)
@@ -653,10 +657,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     options = parse_arguments(arguments)
     _hide_token_variable(arguments)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-    )
+    logs.configure(LogFormat(options.log_format))
     try:
         settings = _settings_of(options, _read_token(options))
         asyncio.run(_serve(settings, options))

@@ -26,7 +26,7 @@ from api_answers import (
     job_id_of,
 )
 from api_guard import is_loopback, refuse_strangers
-from config import MAX_UPLOAD_BYTES, Settings
+from config import MAX_UPLOAD_BYTES, SettingsInForce
 from database import StoreError
 from dispatch import Dispatcher
 from protocol import JobState
@@ -44,7 +44,7 @@ def data_file(name: str) -> Path:
 
 
 def make_application(
-    store: Store, dispatcher: Dispatcher, settings: Settings, agent_token: str
+    store: Store, dispatcher: Dispatcher, settings: SettingsInForce, agent_token: str
 ) -> web.Application:
     """Put the API together. ``agent_token`` is what agents must present."""
     api = _Api(store, dispatcher, settings, agent_token)
@@ -83,13 +83,13 @@ def _add_missing_heads(application: web.Application) -> None:
 
 class _Api:
     def __init__(
-        self, store: Store, dispatcher: Dispatcher, settings: Settings, agent_token: str
+        self, store: Store, dispatcher: Dispatcher, settings: SettingsInForce, agent_token: str
     ) -> None:
         self._store = store
         self._dispatcher = dispatcher
-        self._services = settings.services
+        self._settings = settings
         self._agent_token = agent_token
-        self._agent_token_needed = not is_loopback(settings.host)
+        self._agent_token_needed = not is_loopback(settings.current.host)
 
     async def ping(self, request: web.Request) -> web.StreamResponse:
         return web.Response(text="Orchestrator is running\n")
@@ -195,7 +195,7 @@ class _Api:
     def _checked_service(self, service: str | None) -> str:
         if service is None:
             raise BadRequest("service: missing")
-        if service not in self._services:
+        if service not in self._settings.current.services:
             raise BadRequest(f"service: unknown service {service!r:.80}")
         return service
 

@@ -10,23 +10,27 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
 from api_answers import Handler, error_answer
-from config import Settings
+from config import SettingsInForce
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def refuse_strangers(settings: Settings) -> Middleware:
+def refuse_strangers(settings: SettingsInForce) -> Middleware:
     """Refuse what a web page of another site sends: a foreign Origin or a Host not ours.
 
     The Host check defeats DNS rebinding, the Origin check forged forms and scripts.
     """
     names = {name.lower() for name in (socket.gethostname(), socket.getfqdn())}
-    names |= {settings.host.lower(), "localhost", *settings.allowed_hosts}
+    names |= {settings.current.host.lower(), "localhost"}
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         host = _host_name(f"//{request.headers.get(hdrs.HOST, '')}")
-        if host is None or not (host in names or _is_own_address(request, host)):
+        if host is None or not (
+            host in names
+            or host in settings.current.allowed_hosts
+            or _is_own_address(request, host)
+        ):
             return error_answer(403, "this Host is not a name of this server (see ALLOWED_HOSTS)")
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is not None and urlsplit(origin).netloc != request.headers[hdrs.HOST]:

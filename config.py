@@ -9,6 +9,7 @@ may also use tables, ``[services.NAME]``, which allow any name.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 import re
 import tomllib
@@ -37,6 +38,25 @@ _AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 class ConfigError(Exception):
     """A setting is missing, unknown or has a value that can't be used."""
+
+
+class LogFormat(enum.StrEnum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class AccessLog(enum.StrEnum):
+    """Which requests get a line in the log.
+
+    ``notable``: those that change something, fail, or take a second or longer. Clients poll,
+    scrapers scrape: one line for each answered poll would bury what a person looks for.
+    """
+
+    OFF = "off"
+    NOTABLE = "notable"
+    ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +93,58 @@ class Settings:
     max_log_bytes: int = 16 * _MIB
     slots: int = field(default_factory=lambda: os.cpu_count() or 1)
     allowed_hosts: tuple[str, ...] = ()
+    log_format: LogFormat = LogFormat.TEXT
+    access_log: AccessLog = AccessLog.NOTABLE
     agent_token: str | None = field(default=None, repr=False)
     services: Mapping[str, ServiceLimits] = field(
         default_factory=lambda: MappingProxyType({"example": ServiceLimits()})
     )
+
+
+_FIXED_AT_START = frozenset(
+    {"host", "port", "db_path", "slots", "agent_token", "log_format"},
+)
+"""Settings that can't change while the server runs: it has bound, opened or started them."""
+
+
+class SettingsInForce:
+    """The settings that hold now. A reload replaces them, so ask ``current`` at each use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.current = settings
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called after each change."""
+        self._listeners.append(listener)
+
+    def replace(self, settings: Settings) -> SettingsChange:
+        """Put the new settings in force, except those that need a restart to change."""
+        before = self.current
+        changed = {name for name in _ATTRIBUTES if getattr(settings, name) != getattr(before, name)}
+        kept = {name: getattr(before, name) for name in _FIXED_AT_START}
+        self.current = dataclasses.replace(settings, **kept)
+        for listener in self._listeners:
+            listener()
+        return SettingsChange(
+            _setting_names(changed - _FIXED_AT_START), _setting_names(changed & _FIXED_AT_START)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsChange:
+    """What a reload did, by the names of settings: changed, or left because it needs a restart."""
+
+    changed: tuple[str, ...]
+    needing_restart: tuple[str, ...]
+
+
+_ATTRIBUTES = tuple(attribute.name for attribute in dataclasses.fields(Settings))
+
+
+def _setting_names(attributes: set[str]) -> tuple[str, ...]:
+    names = {attribute: name for name, (attribute, _) in _SETTINGS.items()}
+    return tuple(sorted(names.get(attribute, attribute) for attribute in attributes))
 
 
 def _integer(low: int, high: int) -> Callable[[object], int]:
@@ -122,6 +190,16 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in parts if part.strip())
 
 
+def _one_of(choices: type[enum.StrEnum]) -> Callable[[object], enum.StrEnum]:
+    def parse(value: object) -> enum.StrEnum:
+        try:
+            return choices(_text(value))
+        except ValueError:
+            raise ValueError(f"must be one of: {', '.join(choices)}") from None
+
+    return parse
+
+
 _TEN_YEARS = 10 * 366 * 24 * 3600
 _COUNT = _integer(1, 1_000_000)
 
@@ -138,6 +216,8 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
     "MAX_LOG_BYTES": ("max_log_bytes", _integer(2, 2**40)),
     "SLOTS": ("slots", _integer(1, 4096)),
     "ALLOWED_HOSTS": ("allowed_hosts", _names),
+    "LOG_FORMAT": ("log_format", _one_of(LogFormat)),
+    "ACCESS_LOG": ("access_log", _one_of(AccessLog)),
     AGENT_TOKEN_VARIABLE: ("agent_token", _token),
 }
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import config
 import protocol
 from channel import Outbox, Socket, first_failure
-from config import ServiceLimits, Settings
+from config import ServiceLimits, Settings, SettingsInForce
 from database import StoreFull, StoreUnavailable
 from protocol import ProtocolError, Stream
 from scheduler import FairQueue
@@ -108,16 +108,22 @@ class AgentSocket(Socket, Protocol):
 class Dispatcher:
     """Gives queued jobs to agents. Run :meth:`run` beside the API."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, settings: SettingsInForce) -> None:
         self.store = store
-        self.settings = settings
-        self._queue = FairQueue(settings.services)
+        self._settings = settings
+        self._queue = FairQueue(settings.current.services)
         self._agents: dict[str, _Agent] = {}
         self._wake = asyncio.Event()
         self._sessions: set[_Session] = set()
         self._assigning: dict[int, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup
         self._is_loaded = asyncio.Event()
+        settings.on_change(self._apply_limits)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that hold now."""
+        return self._settings.current
 
     async def run(self) -> None:
         """Load the state, then schedule at every event; ends by cancellation only."""
@@ -154,6 +160,10 @@ class Dispatcher:
             self._sessions.discard(session)
 
     # --- scheduling
+
+    def _apply_limits(self) -> None:
+        self._queue.set_limits(self.settings.services)
+        self._wake.set()
 
     async def _load(self) -> None:
         for active in await self.store.active_jobs():

@@ -16,10 +16,12 @@ from pathlib import Path
 from aiohttp import web
 
 import api
+import api_log
 import config
 import demo
+import logs
 from channel import first_failure
-from config import ConfigError, Settings
+from config import AccessLog, ConfigError, LogFormat, Settings, SettingsInForce
 from database import StoreError, StoreFull, StoreUnavailable
 from dispatch import Dispatcher
 from store import Store, back_up, check, read_agent_token
@@ -40,13 +42,27 @@ class StartError(Exception):
 # --- the server's life ------------------------------------------------------------
 
 
-async def serve(settings: Settings, with_agent: bool) -> None:
-    """Run a server until SIGTERM or SIGINT. Raises :class:`StartError` or a store's error."""
+async def serve(
+    settings: SettingsInForce, read_settings: Callable[[], Settings], with_agent: bool
+) -> None:
+    """Run a server until SIGTERM or SIGINT; SIGHUP has the settings read again.
+
+    Raises :class:`StartError` or a store's error.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = await Store.open(settings.db_path)
+    had_terminal = sys.stdin is not None and sys.stdin.isatty()
+
+    def on_hang_up() -> None:
+        if had_terminal and not sys.stdin.isatty():
+            stop.set()  # its terminal was closed
+        else:
+            reload_settings(settings, read_settings)
+
+    loop.add_signal_handler(signal.SIGHUP, on_hang_up)
+    store = await Store.open(settings.current.db_path)
     try:
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(store.run(), name="store")]
@@ -60,30 +76,45 @@ async def serve(settings: Settings, with_agent: bool) -> None:
     log.info("event=stopped")
 
 
+def reload_settings(settings: SettingsInForce, read_settings: Callable[[], Settings]) -> None:
+    """Read the settings again and put in force what can change; keep the old if they are bad."""
+    try:
+        change = settings.replace(read_settings())
+    except ConfigError as error:
+        log.error("event=settings_refused error=%r kept=old", str(error))
+        return
+    log.info("event=settings_reloaded changed=%r", ",".join(change.changed))
+    if change.needing_restart:
+        log.warning("event=settings_need_restart names=%r", ",".join(change.needing_restart))
+
+
 async def _serve_store(
     store: Store,
-    settings: Settings,
+    settings: SettingsInForce,
     with_agent: bool,
     stop: asyncio.Event,
     tasks: asyncio.TaskGroup,
     background: list[asyncio.Task[None]],
 ) -> None:
-    token = settings.agent_token or await store.agent_token()
+    token = settings.current.agent_token or await store.agent_token()
     dispatcher = Dispatcher(store, settings)
     background.append(tasks.create_task(dispatcher.run(), name="dispatcher"))
     background.append(tasks.create_task(keep_retention(store, settings), name="retention"))
     runner = web.AppRunner(
         api.make_application(store, dispatcher, settings, token),
-        access_log=None,
+        access_log=logging.getLogger("orchestrator.access"),
+        access_log_class=api_log.access_logger(settings),
         shutdown_timeout=_STOP_REQUESTS_SECONDS,
     )
     await runner.setup()
     await dispatcher.wait_loaded()
     agent: asyncio.Task[None] | None = None
     try:
-        url = await _listen(runner, settings)
+        url = await _listen(runner, settings.current)
         if with_agent:
-            agent = tasks.create_task(keep_agent(url, settings, token), name="embedded agent")
+            agent = tasks.create_task(
+                keep_agent(url, settings.current, token), name="embedded agent"
+            )
         _announce(url)
         await stop.wait()
         log.info("event=stopping")
@@ -147,7 +178,7 @@ async def _run_agent(url: str, settings: Settings, token: str) -> int:
     workdir = Path(f"{settings.db_path}.agent").absolute()
     command = [sys.executable, str(Path(__file__).with_name("agent.py")), "--embedded"]
     command += ["--server", url, "--name", "local", "--slots", str(settings.slots)]
-    command += ["--workdir", str(workdir)]
+    command += ["--workdir", str(workdir), "--log-format", settings.log_format]
     environment = {
         name: value for name, value in os.environ.items() if name != config.AGENT_TOKEN_VARIABLE
     }
@@ -183,15 +214,19 @@ async def _stop_process(process: asyncio.subprocess.Process) -> None:
 # --- retention --------------------------------------------------------------------
 
 
-async def keep_retention(store: Store, settings: Settings) -> None:
+async def keep_retention(store: Store, settings: SettingsInForce) -> None:
     """Clean jobs whose final state is older than the maximum age, when they reach it."""
+    is_changed = asyncio.Event()
+    settings.on_change(is_changed.set)
     while True:
+        is_changed.clear()
         try:
-            pause = await _clean_once(store, settings.max_age)
+            pause = await _clean_once(store, settings.current.max_age)
         except (StoreFull, StoreUnavailable) as error:
             log.warning("event=retention_failed error=%r", str(error))
             pause = _RETENTION_RETRY_SECONDS
-        await asyncio.sleep(pause)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(is_changed.wait(), pause)
 
 
 async def _clean_once(store: Store, max_age: int) -> float:
@@ -233,11 +268,29 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file")
     parser.add_argument("--slots", default=argparse.SUPPRESS, help="slots of the embedded agent")
     parser.add_argument(
+        "--log-format", choices=list(LogFormat), default=argparse.SUPPRESS, help="default: text"
+    )
+    parser.add_argument(
+        "--no-access-log",
+        dest="access_log",
+        action="store_const",
+        const=AccessLog.OFF,
+        default=argparse.SUPPRESS,
+        help="no line in the log for any request",
+    )
+    parser.add_argument(
         "--no-agent", action="store_true", default=argparse.SUPPRESS, help="no embedded agent"
     )
 
 
-_SETTING_OF_OPTION = {"host": "HOST", "port": "PORT", "db": "DB_PATH", "slots": "SLOTS"}
+_SETTING_OF_OPTION = {
+    "host": "HOST",
+    "port": "PORT",
+    "db": "DB_PATH",
+    "slots": "SLOTS",
+    "log_format": "LOG_FORMAT",
+    "access_log": "ACCESS_LOG",
+}
 
 
 def load_settings(options: argparse.Namespace) -> Settings:
@@ -263,7 +316,14 @@ def _run_command(options: argparse.Namespace) -> int:
         case "check":
             return _check(options.file)
         case _:
-            asyncio.run(serve(load_settings(options), with_agent="no_agent" not in options))
+            settings = load_settings(options)
+            logs.configure(settings.log_format)
+            server = serve(
+                SettingsInForce(settings),
+                lambda: load_settings(options),
+                with_agent="no_agent" not in options,
+            )
+            asyncio.run(server)
     return 0
 
 
@@ -307,10 +367,7 @@ def _progress_bar(word: str) -> Iterator[Callable[[int, int], None]]:
 def main() -> int:
     """Entry point of ``orchestrator.py`` and of ``orchestrator``."""
     options = parse_arguments(sys.argv[1:])
-    logging.basicConfig(
-        level=logging.INFO,
-        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-    )
+    logs.configure(LogFormat.TEXT)
     code = 0
     with contextlib.suppress(KeyboardInterrupt):
         try:

@@ -52,6 +52,14 @@ class FairQueue:
         self._limits = limits
         self._services: OrderedDict[str, _ServiceQueue] = OrderedDict()
 
+    def set_limits(self, limits: Mapping[str, ServiceLimits]) -> None:
+        """Apply other limits from the next decision on; what is active stays active."""
+        self._limits = limits
+        for name, service in self._services.items():
+            service.limits = limits.get(name, ServiceLimits())
+            for user_id in list(service.users):
+                service.update_turn(user_id)
+
     def add(self, job: QueuedJob) -> None:
         """Put a job in line."""
         service, user = self._user(job)

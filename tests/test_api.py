@@ -92,7 +92,8 @@ async def test_every_route_is_documented_and_every_documented_path_is_routed(
     documented = {
         (method.upper(), path) for path, item in document["paths"].items() for method in item
     }
-    application = api.make_application(None, None, config.Settings(), "t" * 20)  # type: ignore[arg-type]
+    settings = config.SettingsInForce(config.Settings())
+    application = api.make_application(None, None, settings, "t" * 20)  # type: ignore[arg-type]
     routed = {
         (route.method, route.resource.canonical)
         for route in application.router.routes()
@@ -330,7 +331,7 @@ async def test_health_says_unhealthy_when_nothing_can_be_written(
         raise StoreFull("the disk that holds the database is full")
 
     monkeypatch.setattr(store, "probe", probe)
-    settings = config.Settings()
+    settings = config.SettingsInForce(config.Settings())
     application = api.make_application(store, Dispatcher(store, settings), settings, "t" * 20)
     async with TestClient(TestServer(application)) as client:
         response = await client.get("/health")

@@ -132,3 +132,17 @@ def test_jobs_that_were_active_before_a_restart_count() -> None:
     assert queue.next_for(None) is None
     queue.release(QueuedJob(1, 7, "fold"))
     assert queue.next_for(None) == QueuedJob(2, 7, "fold")
+
+
+def test_other_limits_apply_from_the_next_decision_on() -> None:
+    queue = FairQueue({"dock": ServiceLimits(runs_per_user=1, max_runs=1)})
+    for number in range(4):
+        queue.add(QueuedJob(number, 1, "dock"))
+    assert queue.next_for(None) is not None
+    assert queue.next_for(None) is None
+    queue.set_limits({"dock": ServiceLimits(runs_per_user=2, max_runs=9)})
+    assert queue.next_for(None) is not None
+    assert queue.next_for(None) is None
+    queue.set_limits({"dock": ServiceLimits(runs_per_user=1, max_runs=9)})
+    queue.release(QueuedJob(0, 1, "dock"))
+    assert queue.next_for(None) is None

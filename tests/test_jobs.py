@@ -72,8 +72,9 @@ async def test_a_wait_ends_in_time_and_with_the_server(idle: Server) -> None:
 async def test_a_client_that_goes_away_leaves_nothing_waiting(tmp_path: Path) -> None:
     async with opened(tmp_path / "orchestrator.db") as store:
         job = await make_job(store)
-        dispatcher = Dispatcher(store, config.Settings())
-        application = api.make_application(store, dispatcher, config.Settings(), "t" * 20)
+        settings = config.SettingsInForce(config.Settings())
+        dispatcher = Dispatcher(store, settings)
+        application = api.make_application(store, dispatcher, settings, "t" * 20)
         async with TestClient(TestServer(application)) as client:
             url = client.make_url(f"/download/{job.id}?wait=300")
             async with aiohttp.ClientSession() as session:

@@ -14,6 +14,7 @@ from tests.harness import PROJECT, run
 MAY_IMPORT = {
     "protocol": set[str](),
     "config": set[str](),
+    "logs": {"config"},
     "supervisor": set[str](),
     "channel": {"protocol"},
     "events": {"protocol"},
@@ -22,6 +23,7 @@ MAY_IMPORT = {
     "scheduler": {"store", "config"},
     "dispatch": {"protocol", "channel", "store", "database", "scheduler", "config"},
     "api_answers": {"protocol", "store", "database", "dispatch", "config"},
+    "api_log": {"config"},
     "api_guard": {"config", "api_answers"},
     "api_form": {"protocol", "store", "config", "api_answers"},
     "api_connection": set[str](),
@@ -33,11 +35,11 @@ MAY_IMPORT = {
     "demo": {"api"},
     "orchestrator": {
         *("protocol", "channel", "store", "database", "dispatch", "config"),
-        *("api", "api_guard", "demo"),
+        *("api", "api_log", "logs", "demo"),
     },
     "archive": set[str](),
     "runner": {"protocol", "archive"},
-    "agent": {"protocol", "channel", "runner", "config"},
+    "agent": {"protocol", "channel", "runner", "config", "logs"},
 }
 """The imports that docs/architecture.md allows."""
 

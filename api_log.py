@@ -1,0 +1,42 @@
+"""The access log: which requests came, and how they were answered."""
+
+from __future__ import annotations
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractAccessLogger
+
+from config import AccessLog, SettingsInForce
+
+_SLOW_SECONDS = 1.0
+_READING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
+
+
+def access_logger(settings: SettingsInForce) -> type[AbstractAccessLogger]:
+    """Return what aiohttp calls after each answer; it takes a class, not an object."""
+
+    class AccessLogger(AbstractAccessLogger):
+        __slots__ = ()
+
+        def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+            match settings.current.access_log:
+                case AccessLog.OFF:
+                    return
+                case AccessLog.NOTABLE if not _is_notable(request, response, time):
+                    return
+            # The path only: what is secret stands in a query or a header. It is quoted, since
+            # what a client sends may hold any character.
+            self.logger.info(
+                "event=request method=%s path=%r status=%d bytes=%d ms=%.1f remote=%s",
+                request.method,
+                request.rel_url.raw_path,
+                response.status,
+                response.body_length,
+                time * 1000,
+                request.remote,
+            )
+
+    return AccessLogger
+
+
+def _is_notable(request: web.BaseRequest, response: web.StreamResponse, seconds: float) -> bool:
+    return request.method not in _READING or response.status >= 400 or seconds >= _SLOW_SECONDS

@@ -1,0 +1,99 @@
+"""How log records are written: one line an event, as ``key=value`` or as JSON.
+
+Our records say ``event=... key=value``, with the values as arguments. The JSON form takes
+the fields from the record, not from its text, so that a value may hold anything and numbers
+stay numbers. What libraries log has no such form and becomes ``message``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from config import LogFormat
+
+_FIELD = re.compile(r"([a-z_]+)=(%[-#0-9.]*[a-z]|[^\s%]+)")
+
+
+def configure(log_format: LogFormat) -> None:
+    """Send all log records to standard error in this form, from INFO on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_FORMATTERS[log_format]())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class TextFormatter(logging.Formatter):
+    """``time=... level=... logger=... event=... key=value``, an exception quoted at the end."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        message = _one_line(record.getMessage())
+        line = f"time={_time(record)} level={record.levelname} logger={record.name} {message}"
+        exception = _exception(record)
+        return line if exception is None else f"{line} exception={exception!r}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ``time``, ``level``, ``logger`` and the fields of the event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        line: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname,
+            "logger": record.name,
+            **_fields(record),
+        }
+        exception = _exception(record)
+        if exception is not None:
+            line["exception"] = exception
+        return json.dumps(line, default=str)
+
+
+_FORMATTERS: Mapping[LogFormat, type[logging.Formatter]] = {
+    LogFormat.TEXT: TextFormatter,
+    LogFormat.JSON: JsonFormatter,
+}
+
+
+def _time(record: logging.LogRecord) -> str:
+    """Return when it happened, RFC 3339 in UTC."""
+    at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _exception(record: logging.LogRecord) -> str | None:
+    if not record.exc_info or record.exc_info[0] is None:
+        return None
+    return logging.Formatter().formatException(record.exc_info)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    fields = _template_fields(record.msg) if isinstance(record.msg, str) else ()
+    arguments = record.args if isinstance(record.args, tuple) else ()
+    if not fields or sum(value is None for _, value in fields) != len(arguments):
+        return {"message": record.getMessage()}
+    values = iter(arguments)
+    return {key: next(values) if value is None else value for key, value in fields}
+
+
+@functools.lru_cache(maxsize=512)
+def _template_fields(template: str) -> tuple[tuple[str, str | None], ...]:
+    """Return the keys of a message and their values, None for those that are arguments.
+
+    Nothing for a message that is not one of ours.
+    """
+    words = [_FIELD.fullmatch(word) for word in template.split(" ")]
+    if not template.startswith("event=") or None in words:
+        return ()
+    return tuple((word[1], None if word[2].startswith("%") else word[2]) for word in words if word)

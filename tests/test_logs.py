@@ -1,0 +1,92 @@
+"""How log lines look, and which requests get one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from logs import JsonFormatter, TextFormatter
+from tests.harness import AgentProcess, curl, eventually, running_server
+
+
+def record(message: str, *arguments: object) -> logging.LogRecord:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        failure = sys.exc_info()
+    return logging.LogRecord("orchestrator.x", logging.INFO, "", 0, message, arguments, failure)
+
+
+def test_json_has_the_fields_of_the_event_with_their_types() -> None:
+    line = JsonFormatter().format(
+        record("event=%s job=%d name=%s error=%r code=none ms=%.1f", "a", 7, "x\ny", "a b", 1.25)
+    )
+    assert "\n" not in line
+    fields = json.loads(line)
+    assert fields.pop("exception").endswith("ValueError: two\nlines")
+    assert fields.pop("time").endswith("Z")
+    assert fields == {
+        "level": "INFO",
+        "logger": "orchestrator.x",
+        "event": "a",
+        "job": 7,
+        "name": "x\ny",
+        "error": "a b",
+        "code": "none",
+        "ms": 1.25,
+    }
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [("free text of %s", ("a\nlibrary",)), ("a=b %s", ("c",)), ("event=x 100 %% of %d", (3,))],
+)
+def test_what_is_not_an_event_becomes_a_message_on_one_line(
+    message: str, arguments: tuple[object, ...]
+) -> None:
+    expected = message % arguments
+    assert json.loads(JsonFormatter().format(record(message, *arguments)))["message"] == expected
+    line = TextFormatter().format(record(message, *arguments))
+    assert "\n" not in line
+    assert line.startswith("time=2")
+    assert "two\\nlines" in line
+
+
+async def test_every_line_of_server_and_agents_is_json_if_asked_for(tmp_path: Path) -> None:
+    async with running_server(
+        tmp_path / "server", "--slots", "1", "--log-format", "json"
+    ) as server:
+        agent = AgentProcess(server, "other")
+        await agent.start("--log-format", "json", "--services", "none")
+        await eventually(lambda: '"event": "connected"' in agent.log(), "it is connected")
+        await server.result(await server.upload("true"))
+        await curl(f"{server.url}/nothing?token=secret")
+        await agent.kill()
+        await server.stop()
+        events = [json.loads(line) for line in (server.log() + agent.log()).splitlines()]
+    loggers = {event["logger"] for event in events if "event" in event}
+    assert loggers >= {"orchestrator.dispatch", "orchestrator.agent", "orchestrator.access"}
+    requests = [event for event in events if event.get("event") == "request"]
+    notable = [(event["method"], event["path"], event["status"]) for event in requests]
+    # the polls that succeeded are not there
+    assert ("POST", "/upload", 201) in notable
+    assert ("GET", "/nothing", 404) in notable
+    assert not any("/download" in path for _, path, _ in notable)
+    assert "secret" not in server.log()
+
+
+async def test_the_access_log_has_all_requests_or_none(tmp_path: Path) -> None:
+    environment = {"ACCESS_LOG": "all"}
+    async with running_server(tmp_path / "all", "--no-agent", environment=environment) as server:
+        await curl(f"{server.url}/health")
+        await eventually(lambda: "method=GET path='/health' status=200" in server.log(), "a line")
+    async with running_server(tmp_path / "none", "--no-agent", "--no-access-log") as server:
+        await curl(f"{server.url}/nothing")
+        await server.upload("true")
+        assert await server.stop() == 0
+        assert "event=uploaded" in server.log()
+        assert "event=request" not in server.log()

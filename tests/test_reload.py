@@ -1,0 +1,72 @@
+"""SIGHUP: settings that change while the server runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import config
+from config import ServiceLimits, SettingsInForce
+from tests.harness import Server, curl, eventually, running_server
+
+
+def test_a_change_says_what_holds_now_and_what_needs_a_restart() -> None:
+    def load(changes: Mapping[str, str]) -> config.Settings:
+        return config.load(changes, {})
+
+    settings = SettingsInForce(load({"PORT": "1", "SLOTS": "1"}))
+    heard: list[int] = []
+    settings.on_change(lambda: heard.append(settings.current.max_age))
+    change = settings.replace(
+        load({"PORT": "2", "SLOTS": "1", "MAX_AGE": "7", "SERVICE_DOCK_MAX_RUNS": "3"})
+    )
+    assert change.changed == ("MAX_AGE", "services")
+    assert change.needing_restart == ("PORT",)
+    assert (settings.current.port, settings.current.max_age, heard) == (1, 7, [7])
+    assert settings.current.services["dock"] == ServiceLimits(max_runs=3)
+
+
+async def hang_up(server: Server, expected: str) -> None:
+    """Send SIGHUP and wait for one more line that says what came of it."""
+    before = server.log().count(expected)
+    os.kill(server.pid, signal.SIGHUP)
+    await eventually(lambda: server.log().count(expected) == before + 1, expected)
+
+
+async def test_limits_services_and_retention_change_without_a_restart(tmp_path: Path) -> None:
+    file = tmp_path / "orchestrator.toml"
+    file.write_text("[services.dock]\nmax_runs = 1\n")
+    async with running_server(tmp_path / "server", "--slots", "3", "--config", str(file)) as server:
+        assert (await curl("-H", "Host: other", f"{server.url}/")).status == 403
+        jobs = [await server.upload("sleep 30", service="dock") for _ in range(3)]
+        await server.wait(jobs[0], "Running")
+
+        # a bad file changes nothing, in no part
+        file.write_text('ALLOWED_HOSTS = "other"\n[services.dock]\nmax_runs = -1\n')
+        await hang_up(server, "event=settings_refused")
+        assert (await curl("-H", "Host: other", f"{server.url}/")).status == 403
+        assert (await server.status(jobs[1]))["status"] == "Queued"
+
+        file.write_text(
+            'LOG_FORMAT = "json"\nALLOWED_HOSTS = "other"\n'
+            "[services.dock]\nmax_runs = 2\n[services.fold]\nruns_per_user = 1\n"
+        )
+        await hang_up(server, "event=settings_reloaded changed='ALLOWED_HOSTS,services'")
+        expected = "event=settings_need_restart names='LOG_FORMAT'"
+        await eventually(lambda: expected in server.log(), expected)
+        assert (await curl("-H", "Host: other", f"{server.url}/")).status == 200
+        # the quota applies at once: nothing else happened that would wake the scheduler
+        await server.wait(jobs[1], "Running")
+        assert (await server.status(jobs[2]))["status"] == "Queued"
+
+        first, second = [await server.upload("sleep 30", service="fold") for _ in range(2)]
+        await server.wait(first, "Running")
+        assert (await server.status(second))["status"] == "Queued"
+
+        file.write_text("MAX_AGE = 1\n")
+        await curl("-X", "POST", f"{server.url}/terminate/{jobs[2]}")
+        await hang_up(server, "event=settings_reloaded")
+        state = "SELECT state FROM job WHERE id = ?"
+        await eventually(lambda: server.query(state, jobs[2]) == [("Cleaned",)], "it is cleaned")
