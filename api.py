@@ -14,7 +14,6 @@ from aiohttp import hdrs, web
 from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
 import api_form
-import api_jobs
 import protocol
 from api_answers import (
     BadRequest,
@@ -25,12 +24,13 @@ from api_answers import (
     job_answer,
     job_id_of,
 )
+from api_files import FileHandlers
 from api_guard import is_loopback, refuse_strangers
 from config import MAX_UPLOAD_BYTES, SettingsInForce
 from database import StoreError
 from dispatch import Dispatcher
 from protocol import JobState
-from store import JobStatus, Store, StoredResult
+from store import JobStatus, Store
 
 log = logging.getLogger("orchestrator.api")
 
@@ -48,6 +48,7 @@ def make_application(
 ) -> web.Application:
     """Put the API together. ``agent_token`` is what agents must present."""
     api = _Api(store, dispatcher, settings, agent_token)
+    files = FileHandlers(store)
     application = web.Application(middlewares=[answer_errors, refuse_strangers(settings)])
     application.on_response_prepare.append(_add_security_headers)
     swagger = SwaggerFile(
@@ -59,7 +60,9 @@ def make_application(
     swagger.add_get("/", api.ping)
     swagger.add_get("/health", api.health)
     swagger.add_post("/upload", api.upload, validate=False, expect_handler=api_form.ask_for_body)
-    swagger.add_get("/download/{id}", api.download, validate=False)
+    swagger.add_get("/download/{id}", files.download, validate=False)
+    swagger.add_get("/jobs/{id}/files", files.list_files, validate=False)
+    swagger.add_get("/jobs/{id}/files/{path:.+}", files.get_file, validate=False)
     swagger.add_post("/terminate/{id}", api.terminate, validate=False)
     swagger.add_get("/agent", api.agent, validate=False)
     _add_missing_heads(application)
@@ -123,19 +126,6 @@ class _Api:
         log.info("event=uploaded job=%d user=%d service=%s", job.id, user_id, service)
         return job_answer(JobStatus(job.id, JobState.QUEUED, message), status=201)
 
-    async def download(self, request: web.Request) -> web.StreamResponse:
-        job_id = job_id_of(request)
-        seconds = api_jobs.wait_seconds_of(request)
-        job = await api_jobs.status_within(request, self._store, job_id, seconds)
-        if job is None:
-            raise UnknownJob
-        if job.state is not JobState.COMPLETED:
-            return job_answer(job)
-        result = await self._store.result(job_id)
-        if result is None:  # retention came between
-            return job_answer(JobStatus(job_id, JobState.CLEANED, ""))
-        return await self._send_result(request, job_id, result)
-
     async def terminate(self, request: web.Request) -> web.StreamResponse:
         job_id = job_id_of(request)
         # a client that goes away does not take back what it asked for
@@ -143,27 +133,6 @@ class _Api:
         if job is None:
             raise UnknownJob
         return job_answer(job)
-
-    async def _send_result(
-        self, request: web.Request, job_id: int, result: StoredResult
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(
-            headers={
-                hdrs.CONTENT_TYPE: "application/zip",
-                hdrs.CONTENT_DISPOSITION: f'attachment; filename="job-{job_id}.zip"',
-                hdrs.ETAG: f'"{result.sha256}"',
-            }
-        )
-        response.content_length = result.size
-        with self._store.pinned(result.blob_id):
-            await response.prepare(request)
-            offset = 0 if request.method == hdrs.METH_GET else result.size
-            while offset < result.size:
-                data = await self._store.read_chunk(result.blob_id, offset)
-                await response.write(data)
-                offset += len(data)
-        await response.write_eof()
-        return response
 
     async def agent(self, request: web.Request) -> web.StreamResponse:
         if not self._is_agent_allowed(request):

@@ -1013,15 +1013,24 @@ class Store:
     # --- blobs
 
     async def result(self, job_id: int) -> StoredResult | None:
-        """Return a completed job's result, None if it has none (any more)."""
+        """Return what an ended job left, whole, None if there is nothing (any more)."""
         rows = await self._read(
             "SELECT blob.id, blob.size, blob.sha256"
             " FROM job JOIN attempt ON attempt.id = job.attempt_id"
             " JOIN blob ON blob.id = attempt.result_blob"
-            " WHERE job.id = ? AND job.state = 'Completed' AND blob.state = 'sealed'",
+            " WHERE job.id = ? AND blob.state = 'sealed'",
             (job_id,),
         )
         return StoredResult(*rows[0]) if rows else None
+
+    async def input_of_job(self, job_id: int) -> tuple[StoredFile, ...]:
+        """Return a job's input in upload order; nothing once retention has removed it."""
+        rows = await self._read(
+            "SELECT name, size, sha256, blob_id FROM input_file"
+            " WHERE job_id = ? AND blob_id IS NOT NULL ORDER BY position",
+            (job_id,),
+        )
+        return tuple(StoredFile(FileSpec(*row[:3]), row[3]) for row in rows)
 
     @contextmanager
     def pinned(self, blob_id: int) -> Iterator[None]:
@@ -1044,6 +1053,20 @@ class Store:
         if not rows:
             raise StoreUnavailable(f"blob {blob_id} has no chunk {index}")
         return cast(bytes, rows[0][0][within:])
+
+    async def read_blob(self, blob_id: int, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes of a blob from ``offset`` on, all within it, in one hop."""
+        first, within = divmod(offset, CHUNK_BYTES)
+        last = (offset + size - 1) // CHUNK_BYTES
+        base = blob_id << _CHUNK_INDEX_BITS
+        rows = await self._read(
+            "SELECT data FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id",
+            (base + first, base + last),
+        )
+        data = b"".join(row[0] for row in rows)
+        if len(data) - within < size:
+            raise StoreUnavailable(f"blob {blob_id} has not {size} bytes at {offset}")
+        return data if len(data) == size else data[within : within + size]
 
     async def read_files(self, files: Sequence[StoredFile], offset: int) -> bytes:
         """Return up to one chunk of the files' bytes, taken as one stream, from ``offset``."""

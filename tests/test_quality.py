@@ -28,9 +28,15 @@ MAY_IMPORT = {
     "api_form": {"protocol", "store", "config", "api_answers"},
     "api_connection": set[str](),
     "api_jobs": {"protocol", "events", "store", "api_answers", "api_connection"},
+    "zip_members": set[str](),
+    "api_ranges": set[str](),
+    "api_files": {
+        *("protocol", "store", "zip_members"),
+        *("api_answers", "api_jobs", "api_ranges"),
+    },
     "api": {
         *("protocol", "store", "database", "dispatch", "config"),
-        *("api_answers", "api_guard", "api_form", "api_jobs"),
+        *("api_answers", "api_guard", "api_form", "api_jobs", "api_files"),
     },
     "demo": {"api"},
     "orchestrator": {
