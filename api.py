@@ -16,9 +16,7 @@ from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 import api_form
 import protocol
 from api_answers import (
-    BadRequest,
     UnknownJob,
-    UploadTooLarge,
     answer_errors,
     error_answer,
     job_answer,
@@ -26,11 +24,11 @@ from api_answers import (
 )
 from api_files import FileHandlers
 from api_guard import is_loopback, refuse_strangers
-from config import MAX_UPLOAD_BYTES, SettingsInForce
+from api_submit import SubmitHandlers
+from config import SettingsInForce
 from database import StoreError
 from dispatch import Dispatcher
-from protocol import JobState
-from store import JobStatus, Store
+from store import Store
 
 log = logging.getLogger("orchestrator.api")
 
@@ -49,6 +47,7 @@ def make_application(
     """Put the API together. ``agent_token`` is what agents must present."""
     api = _Api(store, dispatcher, settings, agent_token)
     files = FileHandlers(store)
+    submit = SubmitHandlers(store, dispatcher, settings)
     application = web.Application(middlewares=[answer_errors, refuse_strangers(settings)])
     application.on_response_prepare.append(_add_security_headers)
     swagger = SwaggerFile(
@@ -59,8 +58,9 @@ def make_application(
     )
     swagger.add_get("/", api.ping)
     swagger.add_get("/health", api.health)
-    swagger.add_post("/upload", api.upload, validate=False, expect_handler=api_form.ask_for_body)
+    swagger.add_post("/upload", submit.upload, validate=False, expect_handler=api_form.ask_for_body)
     swagger.add_get("/download/{id}", files.download, validate=False)
+    swagger.add_post("/jobs/{id}/rerun", submit.rerun, validate=False)
     swagger.add_get("/jobs/{id}/files", files.list_files, validate=False)
     swagger.add_get("/jobs/{id}/files/{path:.+}", files.get_file, validate=False)
     swagger.add_post("/terminate/{id}", api.terminate, validate=False)
@@ -90,7 +90,6 @@ class _Api:
     ) -> None:
         self._store = store
         self._dispatcher = dispatcher
-        self._settings = settings
         self._agent_token = agent_token
         self._agent_token_needed = not is_loopback(settings.current.host)
 
@@ -106,25 +105,6 @@ class _Api:
             message = f"the store did not answer within {_HEALTH_SECONDS:g} s"
             return web.json_response({"status": "unhealthy", "message": message}, status=500)
         return web.json_response({"status": "healthy"})
-
-    async def upload(self, request: web.Request) -> web.StreamResponse:
-        if (request.content_length or 0) > MAX_UPLOAD_BYTES:
-            raise UploadTooLarge
-        if not request.content_type.startswith("multipart/form-data"):
-            raise BadRequest("Content-Type: must be multipart/form-data")
-        upload = self._store.new_upload()
-        try:
-            form = await api_form.read_form(request, upload)
-            service = self._checked_service(form.service)
-            user_id = api_form.checked_user_id(form.user_id)
-            api_form.check_files(form.files)
-            message = "Job successfully uploaded"
-            job = await upload.commit(user_id, service, message)
-            self._dispatcher.enqueue(job)
-        finally:
-            await asyncio.shield(upload.abandon())
-        log.info("event=uploaded job=%d user=%d service=%s", job.id, user_id, service)
-        return job_answer(JobStatus(job.id, JobState.QUEUED, message), status=201)
 
     async def terminate(self, request: web.Request) -> web.StreamResponse:
         job_id = job_id_of(request)
@@ -160,13 +140,6 @@ class _Api:
         return hmac.compare_digest(
             header.encode("utf-8", "surrogateescape"), expected.encode("utf-8")
         )
-
-    def _checked_service(self, service: str | None) -> str:
-        if service is None:
-            raise BadRequest("service: missing")
-        if service not in self._settings.current.services:
-            raise BadRequest(f"service: unknown service {service!r:.80}")
-        return service
 
 
 class _AgentSocket(web.WebSocketResponse):

@@ -11,12 +11,14 @@ from aiohttp import hdrs, web
 from config import MAX_UPLOAD_BYTES
 from database import StoreError, StoreFull
 from dispatch import AlreadyFinal
-from store import JobStatus
+from store import InputGone, JobStatus, KeyReused, QueueFull
 
 log = logging.getLogger("orchestrator.api")
 
 _DIGITS = re.compile(r"[0-9]{1,19}")
 _LARGEST_INTEGER = 2**63 - 1
+_UPLOAD_RETRY_SECONDS = 2
+_QUEUE_RETRY_SECONDS = 30
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -35,6 +37,18 @@ class NotFound(Exception):
 
 class Conflict(Exception):
     """The state of things does not allow it; the message says why. 409."""
+
+
+class Forbidden(Exception):
+    """The asker may not do this; the message says why. 403."""
+
+
+class TooManyUploads(Exception):
+    """As many uploads as allowed are arriving, of this user (429) or of all (503)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class UploadTooLarge(Exception):
@@ -82,12 +96,18 @@ def _of_exception(request: web.Request, error: Exception) -> web.Response:
             return error_answer(404, f"there is no job {request.match_info['id']}", job_id)
         case NotFound():
             return error_answer(404, str(error))
-        case AlreadyFinal() | Conflict():
+        case Forbidden():
+            return error_answer(403, str(error))
+        case AlreadyFinal() | Conflict() | KeyReused() | InputGone():
             job_id = max(job_id_of(request), 0) if "id" in request.match_info else 0
             return error_answer(409, str(error), job_id)
         case UploadTooLarge():
             limit = MAX_UPLOAD_BYTES // (1024 * 1024)
             return error_answer(413, f"the request is larger than {limit} MB")
+        case TooManyUploads():
+            return _come_back(error_answer(error.status, str(error)), _UPLOAD_RETRY_SECONDS)
+        case QueueFull():
+            return _come_back(error_answer(429, str(error)), _QUEUE_RETRY_SECONDS)
         case StoreFull():
             return error_answer(507, str(error))
         case StoreError():
@@ -97,6 +117,12 @@ def _of_exception(request: web.Request, error: Exception) -> web.Response:
         "event=internal_error method=%s path=%s", request.method, request.path, exc_info=error
     )
     return error_answer(500, "internal error; see the server's log")
+
+
+def _come_back(answer: web.Response, seconds: int) -> web.Response:
+    """Say when to try again (RFC 9110, 10.2.3)."""
+    answer.headers[hdrs.RETRY_AFTER] = str(seconds)
+    return answer
 
 
 def _of_http_exception(request: web.Request, error: web.HTTPException) -> web.StreamResponse:

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import aiohttp
 from aiohttp import BodyPartReader, MultipartReader, hdrs, web
 
 import protocol
 from api_answers import BadRequest, UploadTooLarge
-from config import MAX_FILES, MAX_UPLOAD_BYTES
-from store import Upload
+from config import LONGEST_TIMEOUT, MAX_UPLOAD_BYTES, ServiceLimits, Settings
+from store import JobRequest, Upload
 
 _READ_BYTES = 256 * 1024
 _FIELD_BYTES = 4096
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _LARGEST_INTEGER = 2**63 - 1
+_HIGHEST_PRIORITY = 100
+_NAME_CHARACTERS = 200
+_KEY_CHARACTERS = 255
+_MAX_TAGS = 32
+_TAG_KEY = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TAG_VALUE_CHARACTERS = 256
+_SINGLE_FIELDS = frozenset({"user_id", "service", "name", "priority", "timeout"})
+
+Admit: TypeAlias = Callable[[int], None]
+"""Told the user as soon as the form has said it; raises if that user may not upload now."""
 
 
 @dataclass(slots=True)
-class UploadForm:
-    """What the form said beside the files' bytes: their names, and the fields as they came."""
+class _Form:
+    """What the form has said so far, beside the files' bytes."""
 
-    files: set[str]
-    user_id: str | None = None
-    service: str | None = None
+    max_files: int
+    admit: Admit
+    files: set[str] = field(default_factory=set)
+    user_id: int | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 async def ask_for_body(request: web.Request) -> web.StreamResponse | None:
@@ -36,9 +51,12 @@ async def ask_for_body(request: web.Request) -> web.StreamResponse | None:
     return None
 
 
-async def read_form(request: web.Request, upload: Upload) -> UploadForm:
-    """Read the whole form, its files into ``upload``."""
-    form = UploadForm(files=set())
+async def read_form(
+    request: web.Request, upload: Upload, settings: Settings, admit: Admit
+) -> JobRequest:
+    """Read the whole request, its files into ``upload``; raises :class:`BadRequest`."""
+    key = idempotency_key(request)
+    form = _Form(settings.max_files, admit)
     try:
         reader = await request.multipart()
         while (part := await reader.next()) is not None:
@@ -52,11 +70,41 @@ async def read_form(request: web.Request, upload: Upload) -> UploadForm:
         raise BadRequest("the body is not well-formed multipart/form-data") from None
     except aiohttp.ClientPayloadError:
         raise BadRequest("the body ended before its announced length") from None
-    return form
+    return _job_request(form, key, settings.services)
+
+
+def _job_request(form: _Form, key: str | None, services: Mapping[str, ServiceLimits]) -> JobRequest:
+    service = form.fields.get("service")
+    if service is None:
+        raise BadRequest("service: missing")
+    limits = checked_service(service, services)
+    if form.user_id is None:
+        raise BadRequest("user_id: missing")
+    _check_files(form.files)
+    return JobRequest(
+        user_id=form.user_id,
+        service=service,
+        name=_checked_text("name", form.fields.get("name", ""), _NAME_CHARACTERS),
+        priority=_checked_priority(form.fields.get("priority", "0")),
+        timeout=_checked_timeout(form.fields.get("timeout"), limits),
+        tags=tuple(sorted(form.tags.items())),
+        idempotency_key=key,
+    )
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    values = request.headers.getall("Idempotency-Key", [])
+    if not values:
+        return None
+    if len(values) > 1:
+        raise BadRequest("Idempotency-Key: is there twice")
+    if not 1 <= len(values[0]) <= _KEY_CHARACTERS or not values[0].isprintable():
+        raise BadRequest(f"Idempotency-Key: must be 1 to {_KEY_CHARACTERS} printable characters")
+    return values[0]
 
 
 async def _read_part(
-    request: web.Request, part: BodyPartReader | MultipartReader, form: UploadForm, upload: Upload
+    request: web.Request, part: BodyPartReader | MultipartReader, form: _Form, upload: Upload
 ) -> None:
     if isinstance(part, MultipartReader):
         raise BadRequest("a part of the form is itself multipart")
@@ -68,10 +116,15 @@ async def _read_part(
     match name:
         case "file":
             await _read_file(request, part, file_name, form, upload)
-        case "user_id":
-            form.user_id = await _read_field(request, part, "user_id", form.user_id)
-        case "service":
-            form.service = await _read_field(request, part, "service", form.service)
+        case "tag":
+            _add_tag(form, await _read_field(request, part, "tag"))
+        case str() if name in _SINGLE_FIELDS:
+            if name in form.fields:
+                raise BadRequest(f"{name}: is there twice")
+            form.fields[name] = await _read_field(request, part, name)
+            if name == "user_id":
+                form.user_id = _checked_user_id(form.fields[name])
+                form.admit(form.user_id)
         case _:
             while await part.read_chunk(_READ_BYTES):
                 _check_length(request)
@@ -81,7 +134,7 @@ async def _read_file(
     request: web.Request,
     part: BodyPartReader,
     name: str | None,
-    form: UploadForm,
+    form: _Form,
     upload: Upload,
 ) -> None:
     if name is None:
@@ -90,8 +143,10 @@ async def _read_file(
         raise BadRequest(f"file: the name {name[:80]!r} {problem}")
     if name in form.files:
         raise BadRequest(f"file: the name {name!r} is there twice")
-    if len(form.files) == MAX_FILES:
-        raise BadRequest(f"file: there are more than {MAX_FILES} files; send them as an archive")
+    if len(form.files) == form.max_files:
+        raise BadRequest(
+            f"file: there are more than {form.max_files} files; send them as an archive"
+        )
     form.files.add(name)
     upload.start_file(name)
     while data := await part.read_chunk(_READ_BYTES):
@@ -100,11 +155,7 @@ async def _read_file(
     await upload.finish_file()
 
 
-async def _read_field(
-    request: web.Request, part: BodyPartReader, name: str, present: str | None
-) -> str:
-    if present is not None:
-        raise BadRequest(f"{name}: is there twice")
+async def _read_field(request: web.Request, part: BodyPartReader, name: str) -> str:
     value = bytearray()
     while data := await part.read_chunk(_FIELD_BYTES):
         _check_length(request)
@@ -143,17 +194,66 @@ def _names_of(part: BodyPartReader) -> tuple[str | None, str | None]:
     return values.get("name"), values.get("filename")
 
 
-def checked_user_id(text: str | None) -> int:
-    if text is None:
-        raise BadRequest("user_id: missing")
+def checked_service(service: str, services: Mapping[str, ServiceLimits]) -> ServiceLimits:
+    """Return the limits of a service; raises :class:`BadRequest` if it is not configured."""
+    limits = services.get(service)
+    if limits is None:
+        raise BadRequest(f"service: unknown service {service!r:.80}")
+    return limits
+
+
+def _checked_integer(name: str, text: str) -> int:
     if not _INTEGER.fullmatch(text):
-        raise BadRequest("user_id: must be an integer")
-    if not -_LARGEST_INTEGER - 1 <= int(text) <= _LARGEST_INTEGER:
-        raise BadRequest("user_id: does not fit into 64 bits")
+        raise BadRequest(f"{name}: must be an integer")
     return int(text)
 
 
-def check_files(names: set[str]) -> None:
+def _checked_user_id(text: str) -> int:
+    user_id = _checked_integer("user_id", text)
+    if not -_LARGEST_INTEGER - 1 <= user_id <= _LARGEST_INTEGER:
+        raise BadRequest("user_id: does not fit into 64 bits")
+    return user_id
+
+
+def _checked_priority(text: str) -> int:
+    priority = _checked_integer("priority", text)
+    if not -_HIGHEST_PRIORITY <= priority <= _HIGHEST_PRIORITY:
+        raise BadRequest(f"priority: must be from -{_HIGHEST_PRIORITY} to {_HIGHEST_PRIORITY}")
+    return priority
+
+
+def _checked_timeout(text: str | None, limits: ServiceLimits) -> int | None:
+    if text is None:
+        return None
+    timeout = _checked_integer("timeout", text)
+    longest = LONGEST_TIMEOUT if limits.timeout is None else limits.timeout
+    if not 1 <= timeout <= longest:
+        raise BadRequest(f"timeout: must be from 1 to {longest} seconds in this service")
+    return timeout
+
+
+def _checked_text(name: str, text: str, longest: int) -> str:
+    if len(text) > longest:
+        raise BadRequest(f"{name}: is longer than {longest} characters")
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise BadRequest(f"{name}: contains a control character")
+    return text
+
+
+def _add_tag(form: _Form, text: str) -> None:
+    key, colon, value = text.partition(":")
+    if not colon or not _TAG_KEY.fullmatch(key):
+        raise BadRequest(
+            "tag: must be key:value, the key 1 to 64 letters, digits, dots, dashes, underscores"
+        )
+    if key in form.tags:
+        raise BadRequest(f"tag: {key} is there twice")
+    if len(form.tags) == _MAX_TAGS:
+        raise BadRequest(f"tag: there are more than {_MAX_TAGS}")
+    form.tags[key] = _checked_text("tag", value, _TAG_VALUE_CHARACTERS)
+
+
+def _check_files(names: set[str]) -> None:
     if not names:
         raise BadRequest("file: missing, at least one file is needed")
     if protocol.RUN_SCRIPT not in names:

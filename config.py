@@ -27,7 +27,10 @@ MAX_UPLOAD_BYTES = 400 * 1024 * 1024
 """The largest request body of POST /upload (the API contract's 400 MB, read as MiB)."""
 
 MAX_FILES = 10_000
-"""The largest number of files of one job; its list must fit into one message to the agent."""
+"""The most files that a job may ever have; their list must fit into one message to the agent."""
+
+LONGEST_TIMEOUT = 10 * 366 * 24 * 3600
+"""The longest time limit of a job, in seconds."""
 
 _MIB = 1024 * 1024
 
@@ -77,7 +80,9 @@ class Settings:
     be started. ``kill_grace``: time between SIGTERM and SIGKILL for a job's processes.
     ``max_result_bytes``, ``max_result_files``: what a job may leave, before it is compressed;
     ``max_log_bytes``: what is kept of each of its two output streams.
-    ``slots``: slots of the embedded agent. ``allowed_hosts``: further names under
+    ``max_files``: the most files of a job. ``max_open_uploads`` of one user, and
+    ``max_open_uploads_total`` of all, may arrive at a time; ``max_queued_jobs`` of one user
+    may wait. ``slots``: slots of the embedded agent. ``allowed_hosts``: further names under
     which browsers and clients may address the server.
     """
 
@@ -91,6 +96,10 @@ class Settings:
     max_result_bytes: int = 4 * 1024 * _MIB
     max_result_files: int = 1_000_000
     max_log_bytes: int = 16 * _MIB
+    max_files: int = MAX_FILES
+    max_open_uploads: int = 8
+    max_open_uploads_total: int = 128
+    max_queued_jobs: int = 100_000
     slots: int = field(default_factory=lambda: os.cpu_count() or 1)
     allowed_hosts: tuple[str, ...] = ()
     log_format: LogFormat = LogFormat.TEXT
@@ -200,20 +209,23 @@ def _one_of(choices: type[enum.StrEnum]) -> Callable[[object], enum.StrEnum]:
     return parse
 
 
-_TEN_YEARS = 10 * 366 * 24 * 3600
 _COUNT = _integer(1, 1_000_000)
 
 _SETTINGS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
     "HOST": ("host", _text),
     "PORT": ("port", _integer(0, 65535)),
     "DB_PATH": ("db_path", _text),
-    "MAX_AGE": ("max_age", _integer(1, _TEN_YEARS)),
+    "MAX_AGE": ("max_age", _integer(1, LONGEST_TIMEOUT)),
     "LEASE": ("lease", _seconds(1, 7 * 24 * 3600)),
     "MAX_ATTEMPTS": ("max_attempts", _integer(1, 1000)),
     "KILL_GRACE": ("kill_grace", _seconds(0, 3600)),
     "MAX_RESULT_BYTES": ("max_result_bytes", _integer(1, 2**48)),
     "MAX_RESULT_FILES": ("max_result_files", _integer(1, 100_000_000)),
     "MAX_LOG_BYTES": ("max_log_bytes", _integer(2, 2**40)),
+    "MAX_FILES": ("max_files", _integer(1, MAX_FILES)),
+    "MAX_OPEN_UPLOADS": ("max_open_uploads", _COUNT),
+    "MAX_OPEN_UPLOADS_TOTAL": ("max_open_uploads_total", _COUNT),
+    "MAX_QUEUED_JOBS": ("max_queued_jobs", _integer(1, 1_000_000_000)),
     "SLOTS": ("slots", _integer(1, 4096)),
     "ALLOWED_HOSTS": ("allowed_hosts", _names),
     "LOG_FORMAT": ("log_format", _one_of(LogFormat)),
@@ -224,7 +236,7 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
 _LIMITS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
     "RUNS_PER_USER": ("runs_per_user", _COUNT),
     "MAX_RUNS": ("max_runs", _COUNT),
-    "TIMEOUT": ("timeout", _integer(1, _TEN_YEARS)),
+    "TIMEOUT": ("timeout", _integer(1, LONGEST_TIMEOUT)),
 }
 
 

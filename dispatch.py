@@ -486,7 +486,7 @@ class _Session:
                 number=attempt.number,
                 user_id=attempt.job.user_id,
                 service=attempt.job.service,
-                timeout_seconds=limits.timeout,
+                timeout_seconds=_shorter(limits.timeout, assignment.timeout),
                 grace_seconds=settings.kill_grace,
                 output=protocol.OutputLimits(
                     settings.max_result_bytes, settings.max_result_files, settings.max_log_bytes
@@ -862,6 +862,11 @@ def _append_frame(incoming: _Incoming, frame: protocol.Frame, chunks: list[bytes
     chunks.append(frame.data)
     incoming.digest.update(frame.data)
     incoming.offset += len(frame.data)
+
+
+def _shorter(one: int | None, other: int | None) -> int | None:
+    """Return the shorter of two time limits; None is no limit."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 def _heartbeat_seconds(settings: Settings) -> float:

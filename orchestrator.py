@@ -232,6 +232,8 @@ async def keep_retention(store: Store, settings: SettingsInForce) -> None:
 async def _clean_once(store: Store, max_age: int) -> float:
     while cleaned := await store.clean_jobs_final_since(time.time() - max_age):
         log.info("event=cleaned jobs=%d", cleaned)
+    while await store.forget_old_keys():
+        pass
     oldest = await store.oldest_final_change()
     # a job that becomes final only now reaches the age no sooner than max_age from now
     due = max_age if oldest is None else oldest + max_age - time.time()

@@ -17,6 +17,7 @@ import dataclasses
 import enum
 import hashlib
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -67,6 +68,8 @@ _READERS = 3
 _FLUSH_BYTES = 1024 * 1024
 _ERASE_CHUNKS = 16
 _CLEAN_JOBS = 100
+_FORGET_KEYS = 1000
+_KEY_SECONDS = 24 * 3600.0
 _CHUNK_INDEX_BITS = 20  # 2**20 chunks of 256 KiB: blobs up to 256 GiB
 _RETRY_SECONDS = 1.0
 _RESERVE_BYTES = 64 * 1024 * 1024
@@ -179,6 +182,23 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (user_id, key)
         ) WITHOUT ROWID""",
         "CREATE INDEX idempotency_age ON idempotency (created_at)",
+        # how many jobs of each user wait: asked at every upload, too many to be counted then
+        """CREATE TABLE queue_length (
+            user_id INTEGER PRIMARY KEY,
+            jobs INTEGER NOT NULL
+        )""",
+        """INSERT INTO queue_length (user_id, jobs)
+            SELECT user_id, count(*) FROM job WHERE state = 'Queued' GROUP BY user_id""",
+        """CREATE TRIGGER queue_gains_a_new_job AFTER INSERT ON job WHEN NEW.state = 'Queued'
+            BEGIN INSERT INTO queue_length (user_id, jobs) VALUES (NEW.user_id, 1)
+                ON CONFLICT (user_id) DO UPDATE SET jobs = jobs + 1; END""",
+        """CREATE TRIGGER queue_gains_a_job_again AFTER UPDATE OF state ON job
+            WHEN NEW.state = 'Queued' AND OLD.state <> 'Queued'
+            BEGIN INSERT INTO queue_length (user_id, jobs) VALUES (NEW.user_id, 1)
+                ON CONFLICT (user_id) DO UPDATE SET jobs = jobs + 1; END""",
+        """CREATE TRIGGER queue_loses_a_job AFTER UPDATE OF state ON job
+            WHEN OLD.state = 'Queued' AND NEW.state <> 'Queued'
+            BEGIN UPDATE queue_length SET jobs = jobs - 1 WHERE user_id = NEW.user_id; END""",
         # live output; start: where the piece stands in what the process wrote (gaps are allowed)
         """CREATE TABLE output (
             attempt_id INTEGER NOT NULL REFERENCES attempt (id),
@@ -217,6 +237,18 @@ class IllegalTransition(StoreError):
     """A change of state that the transition table does not allow."""
 
 
+class KeyReused(StoreError):
+    """The idempotency key stands for another request of this user."""
+
+
+class QueueFull(StoreError):
+    """The user has as many jobs in line as allowed."""
+
+
+class InputGone(StoreError):
+    """The job's input is not stored any more."""
+
+
 class ResultMismatch(StoreError):
     """A result's bytes do not have the length or the SHA-256 that the agent announced."""
 
@@ -241,6 +273,32 @@ class QueuedJob:
     user_id: int
     service: str
     priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a submitter asks for, beside the files.
+
+    ``priority`` orders the jobs of the user, the highest first. ``timeout`` in seconds, None
+    for the service's limit alone. ``tags`` are pairs of key and value, each key once.
+    ``idempotency_key`` names the request, so that it can be repeated without a second job.
+    """
+
+    user_id: int
+    service: str
+    name: str = ""
+    priority: int = 0
+    timeout: int | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The job that a request brought about, now or (``is_repeated``) when it came before."""
+
+    job: QueuedJob
+    is_repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +330,14 @@ class Loss(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A new attempt: its id, its number within the job (fencing token), its input."""
+    """A new attempt: its id, its number within the job (fencing token), its input.
+
+    ``timeout`` is what the submitter asked for, in seconds.
+    """
 
     attempt_id: int
     number: int
+    timeout: int | None
     files: tuple[StoredFile, ...]
 
 
@@ -484,9 +546,11 @@ def _drop_partial_result(db: Database, attempt_id: int) -> None:
 
 
 def _doom_files_of(db: Database, job_id: int) -> None:
+    # a rerun shares the input of its job
     db.execute(
         "UPDATE blob SET state = 'doomed'"
-        " WHERE id IN (SELECT blob_id FROM input_file WHERE job_id = ?)",
+        " WHERE id IN (SELECT blob_id FROM input_file WHERE job_id = ?1) AND NOT EXISTS"
+        " (SELECT 1 FROM input_file WHERE blob_id = blob.id AND job_id <> ?1)",
         (job_id,),
     )
     db.execute("UPDATE input_file SET blob_id = NULL WHERE job_id = ?", (job_id,))
@@ -565,24 +629,36 @@ class Upload:
         if self._pending_bytes >= _FLUSH_BYTES:
             await self._flush()
 
-    async def commit(self, user_id: int, service: str, message: str) -> QueuedJob:
-        """Make the job; when this returns, it and all its bytes are on the disk."""
+    async def commit(self, request: JobRequest, message: str, queue_limit: int) -> Submission:
+        """Make the job; when this returns, it and all its bytes are on the disk.
+
+        A repeated request gets the job that it made before, and its bytes are not kept.
+        Raises :class:`KeyReused`, and :class:`QueueFull` when ``queue_limit`` jobs of the user
+        are in line.
+        """
         await self._settle()
         files, pending = tuple(self._files), self._take_pending()
+        key = _key_of(request, files)
 
-        def operation(db: Database) -> int:
+        def operation(db: Database) -> Submission:
+            # decided here, in the one writer: two at the same moment can't both be the first
+            if repeated := _submission_before(db, key):
+                return repeated
+            _check_queue(db, request.user_id, queue_limit)
             _write_pending(db, pending)
-            job_id = _insert_job(db, user_id, service, message)
-            _insert_files(db, job_id, files)
-            return job_id
+            job = _insert_job(db, request, message, "uploaded")
+            _insert_files(db, job.id, files)
+            _note_key(db, key, job.id)
+            return Submission(job)
 
         weight = sum(len(chunk.data) for chunk in pending)
-        job_id = await self._store.write_bytes(operation, weight)
-        self._flushed.clear()
-        return QueuedJob(job_id, user_id, service)
+        submission = await self._store.write_bytes(operation, weight)
+        if not submission.is_repeated:
+            self._flushed.clear()
+        return submission
 
     async def abandon(self) -> None:
-        """Leave nothing behind; does nothing after a successful commit."""
+        """Leave nothing behind; does nothing after a commit that made a job."""
         self._pending.clear()
         try:
             await self._settle()
@@ -620,17 +696,78 @@ def _write_pending(db: Database, pending: Sequence[_PendingChunk]) -> None:
         _insert_chunks(db, chunk.blob_id, chunk.index, [chunk.data])
 
 
-def _insert_job(db: Database, user_id: int, service: str, message: str) -> int:
+def _insert_job(db: Database, request: JobRequest, message: str, reason: str) -> QueuedJob:
     now = time.time()
     cursor = db.execute(
-        "INSERT INTO job (user_id, service, state, message, created_at, changed_at)"
-        " VALUES (?, ?, 'Queued', ?, ?, ?)",
-        (user_id, service, message, now, now),
+        "INSERT INTO job (user_id, service, name, priority, timeout, state, message,"
+        " created_at, changed_at) VALUES (?, ?, ?, ?, ?, 'Queued', ?, ?, ?)",
+        (
+            *(request.user_id, request.service, request.name, request.priority, request.timeout),
+            *(message, now, now),
+        ),
     )
     job_id = cast(int, cursor.lastrowid)
-    job = _Job(job_id, user_id, service, JobState.QUEUED, 0, 0)
-    _write_history(db, job, now, None, JobState.QUEUED, "uploaded")
-    return job_id
+    db.executemany(
+        "INSERT INTO tag (job_id, key, value) VALUES (?, ?, ?)",
+        ((job_id, key, value) for key, value in request.tags),
+    )
+    job = _Job(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
+    _write_history(db, job, now, None, JobState.QUEUED, reason)
+    return QueuedJob(job_id, request.user_id, request.service, request.priority)
+
+
+def _check_queue(db: Database, user_id: int, limit: int) -> None:
+    row = db.execute("SELECT jobs FROM queue_length WHERE user_id = ?", (user_id,)).fetchone()
+    if row is not None and row[0] >= limit:
+        raise QueueFull(f"user {user_id} has {row[0]} jobs in line, which is the limit")
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """An idempotency key and a digest of all that makes two requests of it the same."""
+
+    user_id: int
+    text: str
+    content_sha256: str
+
+
+def _key_of(
+    request: JobRequest, files: Sequence[StoredFile], source_id: int | None = None
+) -> _Key | None:
+    """Return the key of a request if it has one; the order of files and tags does not matter."""
+    if request.idempotency_key is None:
+        return None
+    parts = (source_id, request.service, request.name, request.priority, request.timeout)
+    specs = sorted((file.spec.name, file.spec.size, file.spec.sha256) for file in files)
+    canonical = json.dumps([*parts, sorted(request.tags), specs])
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return _Key(request.user_id, request.idempotency_key, digest)
+
+
+def _submission_before(db: Database, key: _Key | None) -> Submission | None:
+    """Return what an earlier request of the key made, if any; raises :class:`KeyReused`."""
+    if key is None:
+        return None
+    row = db.execute(
+        "SELECT content_sha256, job_id, service, priority"
+        " FROM idempotency JOIN job ON job.id = job_id"
+        " WHERE idempotency.user_id = ? AND key = ? AND idempotency.created_at > ?",
+        (key.user_id, key.text, time.time() - _KEY_SECONDS),
+    ).fetchone()
+    if row is None:
+        return None
+    if row[0] != key.content_sha256:
+        raise KeyReused("Idempotency-Key: it was used for a request with other content")
+    return Submission(QueuedJob(row[1], key.user_id, row[2], row[3]), is_repeated=True)
+
+
+def _note_key(db: Database, key: _Key | None, job_id: int) -> None:
+    if key is not None:
+        db.execute(
+            "INSERT OR REPLACE INTO idempotency"
+            " (user_id, key, content_sha256, job_id, created_at) VALUES (?, ?, ?, ?, ?)",
+            (key.user_id, key.text, key.content_sha256, job_id, time.time()),
+        )
 
 
 def _insert_files(db: Database, job_id: int, files: Sequence[StoredFile]) -> None:
@@ -648,6 +785,29 @@ def _insert_files(db: Database, job_id: int, files: Sequence[StoredFile]) -> Non
             for position, file in enumerate(files)
         ),
     )
+
+
+def _share_input(db: Database, source_id: int, job_id: int) -> None:
+    """Give a job the input of another; raises :class:`InputGone`."""
+    shared = db.execute(
+        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id)"
+        " SELECT ?, position, name, size, sha256, blob_id FROM input_file"
+        " WHERE job_id = ? AND blob_id IS NOT NULL",
+        (job_id, source_id),
+    ).rowcount
+    if not shared:
+        raise InputGone(f"the input of job {source_id} was removed by retention")
+
+
+def _request_of(db: Database, job_id: int) -> JobRequest | None:
+    row = db.execute(
+        "SELECT user_id, service, name, priority, timeout FROM job WHERE id = ?", (job_id,)
+    ).fetchone()
+    if row is None:
+        return None
+    tags = db.execute("SELECT key, value FROM tag WHERE job_id = ? ORDER BY key", (job_id,))
+    user_id, service, name, priority, timeout = row
+    return JobRequest(user_id, service, name, priority, timeout, tuple(tags.fetchall()))
 
 
 # --- the store --------------------------------------------------------------------
@@ -803,6 +963,32 @@ class Store:
         )
         return [_transition_of(row) for row in rows]
 
+    async def job_request(self, job_id: int) -> JobRequest | None:
+        """Return what the submitter of a job asked for, None if there is no such job."""
+        async with self._reader() as reader:
+            with translated():
+                return await reader.call(lambda db: _request_of(db, job_id))
+
+    async def rerun(
+        self, source_id: int, request: JobRequest, message: str, queue_limit: int
+    ) -> Submission:
+        """Make a job from ``request`` and the stored input of another, which both then share.
+
+        Raises :class:`InputGone` if that is not there any more, and as :meth:`Upload.commit`.
+        """
+        key = _key_of(request, (), source_id)
+
+        def operation(db: Database) -> Submission:
+            if repeated := _submission_before(db, key):
+                return repeated
+            _check_queue(db, request.user_id, queue_limit)
+            job = _insert_job(db, request, message, f"rerun of job {source_id}")
+            _share_input(db, source_id, job.id)
+            _note_key(db, key, job.id)
+            return Submission(job)
+
+        return await self.write_bytes(operation, 0)
+
     async def queued_jobs(self) -> list[QueuedJob]:
         """Return all jobs that wait, oldest first."""
         rows = await self._read(
@@ -862,7 +1048,8 @@ class Store:
                 (job.attempts, attempt_id, job_id),
             )
             _transition(db, job, JobState.PROCESSING, reason)
-            return Assignment(attempt_id, job.attempts, _files_of(db, attempt_id))
+            row = db.execute("SELECT timeout FROM job WHERE id = ?", (job_id,)).fetchone()
+            return Assignment(attempt_id, job.attempts, row[0], _files_of(db, attempt_id))
 
         return await self._writer.write(operation)
 
@@ -1119,6 +1306,20 @@ class Store:
         self._erase_wake.set()
         return cleaned
 
+    async def forget_old_keys(self) -> int:
+        """Remove some idempotency keys that count no more; returns how many, to be repeated."""
+        cutoff = time.time() - _KEY_SECONDS
+        return await self._writer.write(
+            lambda db: (
+                db.execute(
+                    "DELETE FROM idempotency WHERE (user_id, key) IN"
+                    " (SELECT user_id, key FROM idempotency WHERE created_at <= ?"
+                    " ORDER BY created_at LIMIT ?)",
+                    (cutoff, _FORGET_KEYS),
+                ).rowcount
+            )
+        )
+
     async def _erase_for_ever(self) -> None:
         while True:
             await self._erase_wake.wait()
@@ -1288,7 +1489,12 @@ def check(path: str, progress: Progress) -> list[str]:
         ]
         if problems:
             return problems  # what a damaged b-tree says further is noise
-        return [*_check_blobs(db, progress), *_check_histories(db), *_check_results(db)]
+        return [
+            *_check_blobs(db, progress),
+            *_check_histories(db),
+            *_check_results(db),
+            *_check_queue_lengths(db),
+        ]
 
 
 def _connect_beside(path: str) -> sqlite3.Connection:
@@ -1353,6 +1559,26 @@ def _check_results(db: sqlite3.Connection) -> Iterator[str]:
         " AND NOT EXISTS (SELECT 1 FROM input_file WHERE job_id = job.id)"
     )
     yield from (f"job {row[0]} is to run, but has no input" for row in without_input)
+    lost_input = db.execute(
+        "SELECT job.id, input_file.name FROM job JOIN input_file ON job_id = job.id"
+        " LEFT JOIN blob ON blob.id = blob_id"
+        " WHERE job.state IN ('Queued', 'Processing', 'Submitted', 'Running')"
+        " AND blob.state IS NOT 'sealed'"
+    )
+    yield from (f"job {row[0]} is to run, but its file {row[1]} is gone" for row in lost_input)
+
+
+def _check_queue_lengths(db: sqlite3.Connection) -> Iterator[str]:
+    noted = dict(db.execute("SELECT user_id, jobs FROM queue_length WHERE jobs <> 0"))
+    counted = dict(
+        db.execute("SELECT user_id, count(*) FROM job WHERE state = 'Queued' GROUP BY user_id")
+    )
+    for user_id in sorted(noted.keys() | counted.keys()):
+        if noted.get(user_id) != counted.get(user_id):
+            yield (
+                f"user {user_id} has {counted.get(user_id, 0)} jobs in line,"
+                f" noted are {noted.get(user_id, 0)}"
+            )
 
 
 assert {

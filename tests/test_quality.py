@@ -34,9 +34,10 @@ MAY_IMPORT = {
         *("protocol", "store", "zip_members"),
         *("api_answers", "api_jobs", "api_ranges"),
     },
+    "api_submit": {"protocol", "store", "dispatch", "config", "api_answers", "api_form"},
     "api": {
         *("protocol", "store", "database", "dispatch", "config"),
-        *("api_answers", "api_guard", "api_form", "api_jobs", "api_files"),
+        *("api_answers", "api_guard", "api_form", "api_submit", "api_jobs", "api_files"),
     },
     "demo": {"api"},
     "orchestrator": {

@@ -18,13 +18,19 @@ from database import StoreFull, StoreRefused, checkpoint
 from protocol import CHUNK_BYTES, Finished, JobState
 from store import (
     IllegalTransition,
+    InputGone,
+    JobRequest,
     Loss,
     QueuedJob,
+    QueueFull,
     ResultMismatch,
     Store,
     Superseded,
+    check,
     read_agent_token,
 )
+
+NO_LIMIT = 1_000_000
 
 
 @contextlib.asynccontextmanager
@@ -57,7 +63,8 @@ async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> 
     upload.start_file("run.sh")
     await upload.write(content)
     await upload.finish_file()
-    return await upload.commit(user_id, "example", "uploaded")
+    request = JobRequest(user_id, "example")
+    return (await upload.commit(request, "uploaded", NO_LIMIT)).job
 
 
 async def run_job(store: Store, job: QueuedJob) -> int:
@@ -93,7 +100,7 @@ async def test_files_come_back_as_they_went_in(store: Store) -> None:
         for start in range(0, len(content), 100_000):
             await upload.write(content[start : start + 100_000])
         await upload.finish_file()
-    job = await upload.commit(1, "example", "uploaded")
+    job = (await upload.commit(JobRequest(1, "example"), "uploaded", NO_LIMIT)).job
     assignment = await store.begin_attempt(job.id, "agent-1", "test")
     stream, whole = b"", b"".join(contents)
     while len(stream) < len(whole):
@@ -325,7 +332,7 @@ async def test_a_nearly_full_disk_takes_no_bytes_but_finishes_and_erases(
     await upload.write(b"true")
     await upload.finish_file()
     for refused in (
-        upload.commit(1, "example", "uploaded"),
+        upload.commit(JobRequest(1, "example"), "uploaded", NO_LIMIT),
         store.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)]),
         store.probe(),
     ):
@@ -343,3 +350,38 @@ async def test_the_agent_token_stays_and_can_be_read_beside_the_server(
 ) -> None:
     assert read_agent_token(str(path)) == await store.agent_token()
     assert len(await store.agent_token()) >= 32
+
+
+async def test_shared_input_is_erased_with_the_last_job_that_refers_to_it(
+    store: Store, path: Path
+) -> None:
+    first = await make_job(store, b"shared")
+    request = await store.job_request(first.id)
+    assert request == JobRequest(1, "example")
+    second = (await store.rerun(first.id, request, "again", NO_LIMIT)).job
+    await store.kill(first.id, "terminated")
+    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+    await store._erase_all()
+    assignment = await store.begin_attempt(second.id, "agent-1", "test")
+    assert await store.read_files(assignment.files, 0) == b"shared"
+    assert check(str(path), lambda done, total: None) == []
+    with pytest.raises(InputGone, match=f"job {first.id} was removed"):
+        await store.rerun(first.id, request, "again", NO_LIMIT)
+    await store.kill(second.id, "terminated")
+    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+    await eventually_no_chunks(path)
+
+
+async def test_the_length_of_the_line_follows_every_change_of_state(
+    store: Store, path: Path
+) -> None:
+    job = await make_job(store)
+    with pytest.raises(QueueFull):
+        await store.rerun(job.id, JobRequest(1, "example"), "again", 1)
+    attempt_id = await run_job(store, job)
+    assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(1, 0)]
+    await store.requeue(attempt_id, Loss.REPORTED, "test", 3)
+    assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(1, 1)]
+    await store.kill(job.id, "terminated")
+    assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(1, 0)]
+    assert check(str(path), lambda done, total: None) == []
