@@ -10,23 +10,32 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bench import report
+from bench.backlog import queue
+from bench.fleet import agents
 from bench.idle import idle
-from bench.measure import BenchmarkError, Figure
+from bench.measure import Figure
 from bench.polling import poll
 from bench.processes import Stage, stage
 from bench.scale import SMOKE, WHOLE, Scale
 from bench.small_jobs import latency, throughput
+from bench.transfers import download, results, upload
 
 Benchmark = Callable[[Stage, Scale], Awaitable[list[Figure]]]
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "latency": latency,
     "throughput": throughput,
+    "upload": upload,
+    "download": download,
+    "results": results,
+    "queue": queue,
+    "agents": agents,
     "idle": idle,
     "poll": poll,
 }
@@ -73,9 +82,9 @@ async def _run(names: Sequence[str], scale: Scale, directory: Path) -> report.Ru
         try:
             async with stage(directory / name) as place:
                 figures += await BENCHMARKS[name](place, scale)
-        except (BenchmarkError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - it is shown, and the others go on
             failures[name] = str(error) or type(error).__name__
-            sys.stderr.write(f"{name} FAILED: {failures[name]}\n")
+            sys.stderr.write(f"{name} FAILED: {traceback.format_exc()}\n")
     return report.Run(
         scale=scale.name,
         directory=directory,

@@ -67,9 +67,9 @@ def multiply_job(database: Path, count: int, users: int) -> None:
         db.execute("PRAGMA cache_size = -200000")
         db.execute("BEGIN")
         (original,) = db.execute("SELECT min(id) FROM job").fetchone()
-        _copy_rows(db, "job", "id", original, count, f"number % {users} + 1")
+        _copy_rows(db, "job", "id", original, count, f"copy.turn % {users} + 1")
         for table, column in _references_to_job(db):
-            _copy_rows(db, table, column, original, count, "user_id")
+            _copy_rows(db, table, column, original, count, "original.user_id")
         db.execute("COMMIT")
     with open(database, "rb") as file:
         os.fsync(file.fileno())  # or else the server's first commit would pay for it
@@ -79,16 +79,16 @@ def _copy_rows(
     db: sqlite3.Connection, table: str, key: str, original: int, count: int, user: str
 ) -> None:
     """Copy the rows of the original job for the jobs after it."""
-    values = {column: f'"{column}"' for column in _columns_to_copy(db, table, key)}
-    values[key] = f"{original} + number"
+    values = {column: f'original."{column}"' for column in _columns_to_copy(db, table, key)}
+    values[key] = f"{original} + copy.turn"
     if "user_id" in values:
         values["user_id"] = user
     names = ", ".join(f'"{column}"' for column in values)
     db.execute(
-        "WITH RECURSIVE copy (number) AS"
-        f" (SELECT 1 UNION ALL SELECT number + 1 FROM copy WHERE number < {count - 1})"
+        "WITH RECURSIVE copy (turn) AS"
+        f" (SELECT 1 UNION ALL SELECT copy.turn + 1 FROM copy WHERE copy.turn < {count - 1})"
         f' INSERT INTO "{table}" ({names}) SELECT {", ".join(values.values())}'
-        f' FROM copy CROSS JOIN "{table}" WHERE "{key}" = ?',
+        f' FROM copy CROSS JOIN "{table}" AS original WHERE original."{key}" = ?',
         (original,),
     )
 
