@@ -103,6 +103,8 @@ class Outbox:
     async def _send_one_frame(self, socket: Socket) -> None:
         transfer, _ = self._ready.popitem(last=False)
         sending = self._sending[transfer]
+        if not sending.may_send():
+            return  # it was marked as ready while its last frame, or the window's, was read
         offset = sending.offset
         data = await sending.source(offset)
         if self._sending.get(transfer) is not sending:

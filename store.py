@@ -832,6 +832,7 @@ class Store:
         self._pinned: Counter[int] = Counter()
         self._orphans: set[int] = set()
         self._erase_wake = asyncio.Event()
+        self._may_have_free_pages = True  # a crash may have come between erasing and vacuum
 
     @classmethod
     async def open(cls, path: str) -> Store:
@@ -1339,10 +1340,11 @@ class Store:
         erased = 0
         while await self._writer.write(self._erase_some, 1):
             erased += 1
-        if erased:
+        if erased or self._may_have_free_pages:
             while await self._writer.write(vacuum_some, 1):
                 pass
             await self._writer.outside_transaction(checkpoint)
+            self._may_have_free_pages = False
 
     def _erase_some(self, db: Database) -> bool:
         """Erase a few chunks of one doomed blob; returns whether there was one."""

@@ -77,27 +77,32 @@ class Server:
         self.directory = directory
         self.database = directory / "orchestrator.db"
         self.url = ""
-        self._environment = {**os.environ, **environment}
+        self.through: tuple[str, ...] = ()  # what to put before the program, to sabotage it
+        self.environment = {**os.environ, **environment}
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, *arguments: str) -> None:
         """Start it on a free port, or on the one it had before; returns when it is ready."""
-        port = self.url.rpartition(":")[2] or "0"
-        with open(self.directory / "server.log", "ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                str(PROJECT / "orchestrator.py"),
-                *("serve", "--port", port, *arguments),
-                cwd=self.directory,
-                env=self._environment,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-            )
+        await self.launch(*arguments)
+        assert self._process is not None
         assert self._process.stdout is not None
         line = await asyncio.wait_for(self._process.stdout.readline(), 20)
         match = _READY.search(line.decode())
         assert match, self.log()
         self.url = match[1]
+
+    async def launch(self, *arguments: str) -> None:
+        """Start it, which may end before it is ready."""
+        port = self.url.rpartition(":")[2] or "0"
+        with open(self.directory / "server.log", "ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, *self.through, str(PROJECT / "orchestrator.py")),
+                *("serve", "--port", port, *arguments),
+                cwd=self.directory,
+                env=self.environment,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+            )
 
     @property
     def pid(self) -> int:
@@ -120,6 +125,22 @@ class Server:
         assert self._process is not None
         self._process.kill()
         await self._process.wait()
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process is None or self._process.returncode is not None
+
+    async def wait_ended(self, seconds: float = 20) -> int:
+        """Wait until it ends by itself; returns its exit code, negative for a signal."""
+        assert self._process is not None
+        return await asyncio.wait_for(self._process.wait(), seconds)
+
+    async def check(self) -> None:
+        """Fail the test if ``orchestrator.py check`` finds damage in the database."""
+        code, output = await run(
+            sys.executable, str(PROJECT / "orchestrator.py"), "check", str(self.database)
+        )
+        assert code == 0, output.decode()
 
     async def clean_up(self) -> None:
         """End what a test left: the server, and every process of its jobs and agents."""
@@ -224,14 +245,14 @@ class AgentProcess:
         self.server = server
         self.name = name
         self.workdir = server.directory / f"agent-{name}"
+        self.through: tuple[str, ...] = ()
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         """Start it; does not wait for its connection."""
         with open(self.server.directory / f"agent-{self.name}.log", "ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                str(PROJECT / "agent.py"),
+                *(sys.executable, *self.through, str(PROJECT / "agent.py")),
                 *("--server", self.server.url, "--name", self.name),
                 *("--workdir", str(self.workdir), *arguments),
                 env={**os.environ, **(environment or {})},

@@ -87,3 +87,16 @@ async def test_an_acknowledgement_past_the_end_is_refused() -> None:
     outbox.open(8, _zeros, 0, 100)
     with pytest.raises(protocol.ProtocolError):
         outbox.acknowledge(8, 101)
+
+
+async def test_an_acknowledgement_while_the_last_frame_is_read_brings_no_empty_frame() -> None:
+    outbox, socket = Outbox(), RecordingSocket()
+
+    async def source(offset: int) -> bytes:
+        if offset == CHUNK_BYTES:  # the receiver has the first frame while this one is read
+            outbox.acknowledge(8, CHUNK_BYTES)
+        return bytes(CHUNK_BYTES)
+
+    outbox.open(8, source, 0, 2 * CHUNK_BYTES)
+    await _run_until_idle(outbox, socket)
+    assert [frame.offset for frame in socket.frames()] == [0, CHUNK_BYTES]
