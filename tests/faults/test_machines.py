@@ -1,0 +1,132 @@
+"""The agent's machine restarts, and clocks that jump."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.sabotage import through
+from tests.harness import AgentProcess, Server, eventually, lines, running_server
+
+
+@pytest.fixture
+async def patient_server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server whose leases are long enough for all that is done while its agent is away."""
+    environment = {"LEASE": "60"}
+    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
+        yield server
+
+
+def pretend_a_restart(agent: AgentProcess, server: Server) -> None:
+    """End all that the agent's jobs run, and make it look as if another boot had run them."""
+    for process in server.processes():
+        if process.pid != server.pid:
+            process.kill()
+            process.wait(10)
+    for record in agent.workdir.glob("attempts/*/process"):
+        identity = json.loads(record.read_text())
+        record.write_text(json.dumps({**identity, "boot": "another boot"}))
+
+
+async def test_after_a_restart_of_the_machine_jobs_are_started_again_and_told_why(
+    patient_server: Server, tmp_path: Path
+) -> None:
+    witness, go = tmp_path / "witness", tmp_path / "go"
+    os.mkfifo(go)
+    agent = AgentProcess(patient_server, "reboots")
+    await agent.start("--slots", "2")
+    script = f"echo lost >> {witness}; [ $ORCHESTRATOR_ATTEMPT = 2 ] || sleep 1000"
+    lost = await patient_server.upload(script)
+    ended = await patient_server.upload(f"echo ended >> {witness}; read line < {go}; exit 4")
+    await eventually(lambda: sorted(lines(witness)) == ["ended", "lost"], "both run")
+    for job_id in (lost, ended):
+        await patient_server.wait(job_id, "Running")
+    await agent.kill()
+    await asyncio.to_thread(go.write_text, "end\n")
+    record = agent.workdir / "attempts" / str(ended) / "exit"
+    await eventually(record.exists, "one ends while no agent is there")
+    pretend_a_restart(agent, patient_server)
+    await agent.start("--slots", "2")
+    await patient_server.wait(lost, "Completed")
+    reasons = patient_server.query("SELECT reason FROM history WHERE to_state = 'Queued'")
+    assert reasons[2:] == [("agent reboots lost it: the machine was restarted while the job ran",)]
+    status = await patient_server.wait(ended)
+    assert (status["status"], status["message"]) == ("Failed", "run.sh ended with exit code 4")
+    assert sorted(lines(witness)) == ["ended", "lost", "lost"]
+
+
+async def test_a_pid_that_another_process_has_now_is_left_alone(
+    patient_server: Server, tmp_path: Path
+) -> None:
+    agent = AgentProcess(patient_server, "careful")
+    await agent.start()
+    job_id = await patient_server.upload("[ $ORCHESTRATOR_ATTEMPT = 2 ] || sleep 1000")
+    await patient_server.wait(job_id, "Running")
+    await agent.kill()
+    pretend_a_restart(agent, patient_server)
+    stranger = psutil.Popen(["sleep", "1000"], cwd=tmp_path)
+    try:
+        (record,) = agent.workdir.glob("attempts/*/process")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        identity = {**json.loads(record.read_text()), "pid": stranger.pid, "boot": boot}
+        record.write_text(json.dumps(identity))
+        await agent.start()
+        await patient_server.wait(job_id, "Completed")
+        assert stranger.is_running()
+        assert stranger.status() != psutil.STATUS_ZOMBIE
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+async def test_clocks_that_jump_end_no_lease_and_no_job_early_or_late(tmp_path: Path) -> None:
+    clock, witness, go = tmp_path / "clock", tmp_path / "witness", tmp_path / "go"
+    clock.write_text("0")
+    os.mkfifo(go)
+    environment = {
+        **{"LEASE": "3", "KILL_GRACE": "0.2"},
+        **{"SERVICE_LONG_TIMEOUT": "3600", "SERVICE_SHORT_TIMEOUT": "1"},
+    }
+
+    def jump(hours: float) -> None:
+        unfinished = tmp_path / "clock.new"
+        unfinished.write_text(str(hours * 3600))
+        unfinished.rename(clock)
+
+    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
+        await server.stop()
+        server.through = through({"clock": str(clock)})
+        await server.start("--no-agent")
+        agent = AgentProcess(server, "jumps")
+        agent.through = server.through
+        await agent.start("--slots", "2")
+        try:
+            long = await server.upload(f"echo $$ >> {witness}; read line < {go}", service="long")
+            short = await server.upload("sleep 1000", service="short")
+            await server.wait(short, "Running")
+            await eventually(lambda: len(lines(witness)) == 1, "it runs")
+            jump(5)
+            status = await server.wait(short, "Failed", seconds=10)
+            assert status["message"] == "timed out after 1 s"
+            await agent.kill()
+            jump(-10)
+            await agent.start("--slots", "2")
+            await eventually(lambda: agent.log().count("event=connected") == 2, "it is back")
+            jump(20)
+            await asyncio.to_thread(go.write_text, "end\n")
+            await server.wait(long, "Completed")
+            assert server.transitions(long).count("Processing") == 1
+            assert len(lines(witness)) == 1
+            lost = await server.upload("sleep 1000", service="long")
+            await server.wait(lost, "Running")
+            await agent.kill()
+            jump(-20)
+            await eventually(lambda: server.transitions(lost)[-1] == "Queued", "its lease ends")
+        finally:
+            await agent.kill()
