@@ -27,6 +27,11 @@ _VACUUM_PAGES = 512
 BUSY_SECONDS = 5.0
 """How long a connection waits for another one's lock."""
 
+HOW_TO_MAKE_WRITABLE = (
+    "the server must be able to write this file and to make others beside it; give its user"
+    " that right, or choose another place with --db"
+)
+
 
 # --- errors -----------------------------------------------------------------------
 
@@ -262,8 +267,10 @@ def lock_file(path: str) -> int:
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError as error:
+        raise StoreRefused(f"{path}: {error.strerror}; make the directory first") from None
     except OSError as error:
-        raise StoreRefused(f"{path}: {error.strerror}") from None
+        raise StoreRefused(f"{path}: {error.strerror}; {HOW_TO_MAKE_WRITABLE}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

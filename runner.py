@@ -45,6 +45,7 @@ log = logging.getLogger("orchestrator.runner")
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _DIRECTORY_VARIABLE = "ORCHESTRATOR_JOB_DIRECTORY"
 _KILL_PAUSE_SECONDS = 0.01
+_RECORD_BYTES = 256  # see supervisor.py
 _TRIM_BYTES = 1024 * 1024  # a smaller gap, or one that grew by less, is not worth a call
 _PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01  # fallocate(2)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -208,6 +209,9 @@ class JobDirectory:
                 digest = hashlib.file_digest(source, "sha256").hexdigest()
             if digest != file.sha256:
                 raise JobLost(f"the input file {file.name!r} arrived damaged")
+        # space for the exit record, which the supervisor writes over it: a full disk must not
+        # make a job that has ended look like one that was lost
+        (self.path / "exit.new").write_bytes(b" " * _RECORD_BYTES)
         (self.path / "accepted").touch()
 
     def _measure_input(self) -> int:

@@ -31,6 +31,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from database import (
     BUSY_SECONDS,
+    HOW_TO_MAKE_WRITABLE,
     Connection,
     Database,
     StoreError,
@@ -813,6 +814,21 @@ def _request_of(db: Database, job_id: int) -> JobRequest | None:
 # --- the store --------------------------------------------------------------------
 
 
+def _advice(error: StoreError) -> str:
+    """Say what to do about a file that can't be opened."""
+    match getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return (
+                "; put the last backup in its place (README, Backup), or see what is damaged"
+                " with 'orchestrator.py check FILE'"
+            )
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+            return "; " + HOW_TO_MAKE_WRITABLE
+        case sqlite3.SQLITE_FULL:
+            return "; free some space there"
+    return ""
+
+
 class Store:
     """The durable state of one server. Make it with :meth:`open`; run :meth:`run` beside it.
 
@@ -843,7 +859,7 @@ class Store:
                 await store._set_up()
         except (StoreRefused, StoreUnavailable, StoreFull) as error:
             await store.close()
-            raise StoreRefused(f"{path}: {error}") from error
+            raise StoreRefused(f"{path}: {error}{_advice(error)}") from error
         except BaseException:
             await store.close()
             raise

@@ -21,6 +21,7 @@ import time
 _PR_SET_CHILD_SUBREAPER = 36
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 _STORM_PAUSE = 0.002
+_RECORD_BYTES = 256  # of every record; white space after JSON is no part of it
 _FOR_EVER = 365 * 24 * 3600.0
 
 
@@ -213,8 +214,11 @@ def _boot_id() -> str:
 
 
 def _write(name: str, content: dict[str, object]) -> None:
-    with open(name, "w", encoding="ascii") as file:
-        json.dump(content, file)
+    # Not truncated: the agent reserved the space of the exit record, so that it can be written
+    # when the job has filled the disk.
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "w", encoding="ascii") as file:
+        file.write(json.dumps(content).ljust(_RECORD_BYTES))
         file.flush()
         os.fsync(file.fileno())
 

@@ -189,39 +189,6 @@ async def test_a_job_that_no_agent_can_hold_fails_with_the_reason(
     assert "given up after 3 attempts" in status["message"]
 
 
-async def test_a_full_disk_is_said_and_overcome_without_a_restart(tmp_path: Path) -> None:
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    code, output = await run("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(volume))
-    if code != 0:
-        pytest.skip(f"needs to mount a small file system: {output.decode()}")
-    try:
-        async with running_server(volume / "server", "--no-agent") as server:
-            (tmp_path / "run.sh").write_text("true")
-            (tmp_path / "big").write_bytes(bytes(20_000_000))
-            form = ("-F", "file=@run.sh", "-F", "user_id=1", "-F", "service=example")
-            upload = (*form, "-F", "file=@big", f"{server.url}/upload")
-            answers = [await curl(*upload, cwd=tmp_path) for _ in range(6)]
-            accepted = [answer.status for answer in answers].count(201)
-            assert 1 <= accepted <= 4
-            assert {answer.status for answer in answers[accepted:]} == {507}
-            assert answers[-1].json()["status"] == "Unknown"
-            blobs = "SELECT count(*) FROM blob"
-            await eventually(
-                lambda: server.query(blobs) == [(2 * accepted,)], "it erases what it refused"
-            )
-            free = os.statvfs(volume).f_bavail * os.statvfs(volume).f_frsize
-            (volume / "fill").write_bytes(bytes(free - 5_000_000))
-            health = await curl(f"{server.url}/health")
-            assert (health.status, health.json()["status"]) == (500, "unhealthy")
-            assert (await server.status(1))["status"] == "Queued"
-            (volume / "fill").unlink()
-            assert (await curl(f"{server.url}/health")).status == 200
-            assert (await curl(*form, f"{server.url}/upload", cwd=tmp_path)).status == 201
-    finally:
-        await run("umount", "-l", str(volume))
-
-
 async def test_large_transfers_go_on_where_they_were_after_kills(
     bare_server: Server, new_agent: NewAgent
 ) -> None:

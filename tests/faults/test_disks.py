@@ -1,0 +1,186 @@
+"""Disks that are full, read-only, damaged, or that refuse to be written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness import PROJECT, AgentProcess, Server, curl, eventually, run, running_server
+
+_MB = 1_000_000
+
+
+@contextlib.asynccontextmanager
+async def small_disk(place: Path, size: str) -> AsyncIterator[Path]:
+    """A file system of that size for the time of a test."""
+    place.mkdir()
+    code, output = await run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place))
+    if code != 0:
+        pytest.skip(f"needs to mount a small file system: {output.decode()}")
+    try:
+        yield place
+    finally:
+        await run("umount", "-l", str(place))
+
+
+async def upload(server: Server, directory: Path, *files: str) -> int:
+    """Submit ``true`` and the files; returns the HTTP status."""
+    (directory / "run.sh").write_text("true")
+    form = [word for name in ("run.sh", *files) for word in ("-F", f"file=@{name}")]
+    form += ["-F", "user_id=1", "-F", "service=example", f"{server.url}/upload"]
+    return (await curl(*form, cwd=directory)).status
+
+
+# --- the server's -----------------------------------------------------------------
+
+
+async def test_a_full_disk_is_said_and_overcome_without_a_restart(tmp_path: Path) -> None:
+    async with (
+        small_disk(tmp_path / "volume", "100m") as volume,
+        running_server(volume / "server", "--no-agent") as server,
+    ):
+        (tmp_path / "big").write_bytes(bytes(20 * _MB))
+        answers = [await upload(server, tmp_path, "big") for _ in range(6)]
+        accepted = answers.count(201)
+        assert 1 <= accepted <= 4
+        assert set(answers[accepted:]) == {507}
+        blobs = "SELECT count(*) FROM blob"
+        await eventually(
+            lambda: server.query(blobs) == [(2 * accepted,)], "it erases what it refused"
+        )
+        free = os.statvfs(volume).f_bavail * os.statvfs(volume).f_frsize
+        (volume / "fill").write_bytes(bytes(free - 5 * _MB))
+        health = await curl(f"{server.url}/health")
+        assert (health.status, health.json()["status"]) == (500, "unhealthy")
+        assert (await server.status(1))["status"] == "Queued"
+        (volume / "fill").unlink()
+        assert (await curl(f"{server.url}/health")).status == 200
+        assert await upload(server, tmp_path) == 201
+
+
+async def test_a_disk_that_refuses_to_be_written_is_said_and_overcome_without_a_restart(
+    server: Server, tmp_path: Path
+) -> None:
+    """The limit on file sizes makes writes fail as a file system does that went read-only."""
+    process = psutil.Process(server.pid)
+    running = await server.upload("sleep 1; echo done")
+    await server.wait(running, "Running")
+    _, most = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (0, most))
+    health = await curl(f"{server.url}/health")
+    assert (health.status, health.json()["status"]) == (500, "unhealthy")
+    assert await upload(server, tmp_path) == 500
+    assert (await server.status(running))["status"] == "Running"
+    process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, most))
+    assert (await curl(f"{server.url}/health")).status == 200
+    assert (await server.result(running)).read("stdout.log") == b"done\n"
+    assert await upload(server, tmp_path) == 201
+    assert len(server.query("SELECT id FROM job")) == 2
+
+
+async def _refusal(database: Path, *before: str) -> str:
+    """Start a server that must refuse to start; returns what it says."""
+    command = (sys.executable, str(PROJECT / "orchestrator.py"), "--no-agent", "--port", "0")
+    code, output = await run(*before, *command, "--db", str(database))
+    assert code == 2, output
+    assert b"Traceback" not in output
+    return output.decode().splitlines()[-1]
+
+
+async def _new_database(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    async with running_server(path.parent, "--no-agent") as server:
+        await server.stop()
+
+
+async def test_a_read_only_file_system_is_refused_at_start_with_what_to_do(tmp_path: Path) -> None:
+    async with small_disk(tmp_path / "volume", "20m") as volume:
+        database = volume / "orchestrator.db"
+        await _new_database(database)
+        await run("mount", "-o", "remount,ro", str(volume))
+        for path in (database, volume / "new.db"):
+            said = await _refusal(path)
+            assert "Read-only file system" in said
+            assert "choose another place with --db" in said
+
+
+async def test_missing_rights_are_refused_at_start_with_what_to_do(tmp_path: Path) -> None:
+    database = tmp_path / "server" / "orchestrator.db"
+    await _new_database(database)
+    as_others: tuple[str, ...] = ()
+    if os.geteuid() == 0:  # whose rights do not depend on modes, until that is taken away
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv to give up the rights of root")
+        as_others = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    database.chmod(0o400)
+    assert "choose another place with --db" in await _refusal(database, *as_others)
+    database.chmod(0o600)
+    for left in database.parent.glob("orchestrator.db-*"):
+        left.unlink()
+    database.parent.chmod(0o500)
+    assert "choose another place with --db" in await _refusal(database, *as_others)
+    database.parent.chmod(0o700)
+    assert "make the directory first" in await _refusal(database.with_name("x") / "y.db")
+
+
+async def test_a_damaged_database_is_refused_at_start_with_what_to_do(tmp_path: Path) -> None:
+    database = tmp_path / "server" / "orchestrator.db"
+    await _new_database(database)
+    whole = database.read_bytes()
+    for damaged in (
+        b"not a database" * 1000,  # another file
+        whole[:100] + bytes(8092) + whole[8192:],  # a lost first page
+        whole[:8192] + b"\xff" * (len(whole) - 8192),  # all others lost
+        whole[:5000],  # cut off
+    ):
+        database.write_bytes(damaged)
+        assert "put the last backup in its place" in await _refusal(database)
+
+
+# --- the agent's ------------------------------------------------------------------
+
+
+async def test_a_full_disk_of_an_agent_fails_the_jobs_with_the_reason_and_nothing_else(
+    bare_server: Server, tmp_path: Path
+) -> None:
+    async with small_disk(tmp_path / "volume", "20m") as volume:
+        agent = AgentProcess(bare_server, "small")
+        agent.workdir = volume / "agent"
+        await agent.start("--slots", "1")
+        try:
+            # the job fills the disk, so that not even its exit code could be written
+            job_id = await bare_server.upload("cat /dev/zero > fill; exit 3")
+            status = await bare_server.wait(job_id, "Failed")
+            assert status["message"].startswith("run.sh ended with exit code 3; the agent's disk")
+            assert bare_server.transitions(job_id).count("Processing") == 1
+            # its files fit, their archive does not
+            job_id = await bare_server.upload("head -c 15000000 /dev/urandom > out; echo said")
+            status = await bare_server.wait(job_id, "Failed")
+            assert status["message"].startswith("the agent's disk has no room for the archive")
+            assert bare_server.transitions(job_id).count("Processing") == 1
+            # its input does not fit
+            job_id = await bare_server.upload("true", {"big": bytes(30 * _MB)})
+            status = await bare_server.wait(job_id, "Failed")
+            assert "No space left on device" in status["message"]
+            # others have filled it
+            attempts = volume / "agent" / "attempts"
+            await eventually(lambda: os.listdir(attempts) == [], "what failed is removed")
+            with open(volume / "fill", "wb", buffering=0) as fill, contextlib.suppress(OSError):
+                while fill.write(bytes(4096)):
+                    pass
+            status = await bare_server.wait(await bare_server.upload("true"), "Failed")
+            assert "No space left on device" in status["message"]
+            (volume / "fill").unlink()
+            await bare_server.result(await bare_server.upload("true"))
+            assert agent.process is not None
+            assert agent.process.returncode is None
+        finally:
+            await agent.kill()
