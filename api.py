@@ -15,6 +15,7 @@ from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
 import api_form
 import protocol
+from api_access import demand_tokens
 from api_answers import (
     UnknownJob,
     answer_errors,
@@ -48,7 +49,8 @@ def make_application(
     api = _Api(store, dispatcher, settings, agent_token)
     files = FileHandlers(store)
     submit = SubmitHandlers(store, dispatcher, settings)
-    application = web.Application(middlewares=[answer_errors, refuse_strangers(settings)])
+    guards = [refuse_strangers(settings), demand_tokens(store)]
+    application = web.Application(middlewares=[answer_errors, *guards])
     application.on_response_prepare.append(_add_security_headers)
     swagger = SwaggerFile(
         application,

@@ -39,6 +39,10 @@ class Conflict(Exception):
     """The state of things does not allow it; the message says why. 409."""
 
 
+class Unauthorized(Exception):
+    """The asker has to show a valid token. 401."""
+
+
 class Forbidden(Exception):
     """The asker may not do this; the message says why. 403."""
 
@@ -96,6 +100,10 @@ def _of_exception(request: web.Request, error: Exception) -> web.Response:
             return error_answer(404, f"there is no job {request.match_info['id']}", job_id)
         case NotFound():
             return error_answer(404, str(error))
+        case Unauthorized():
+            answer = error_answer(401, str(error))
+            answer.headers[hdrs.WWW_AUTHENTICATE] = 'Bearer realm="orchestrator"'
+            return answer
         case Forbidden():
             return error_answer(403, str(error))
         case AlreadyFinal() | Conflict() | KeyReused() | InputGone():

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from aiohttp import web
 
 import api_form
+from api_access import check_user, user_restriction
 from api_answers import (
     BadRequest,
     TooManyUploads,
@@ -23,7 +24,7 @@ from api_answers import (
 from config import MAX_UPLOAD_BYTES, SettingsInForce
 from dispatch import Dispatcher
 from protocol import JobState
-from store import JobStatus, Store, Submission
+from store import JobRequest, JobStatus, Store, Submission, Upload
 
 log = logging.getLogger("orchestrator.api")
 
@@ -81,12 +82,24 @@ class SubmitHandlers:
         message = "Job successfully uploaded"
         upload = self._store.new_upload()
         try:
-            with self._open_uploads.one_more() as count_for:
-                job = await api_form.read_form(request, upload, self._settings.current, count_for)
+            job = await self._receive(request, upload)
             submission = await upload.commit(job, message, self._settings.current.max_queued_jobs)
         finally:
             await asyncio.shield(upload.abandon())
         return self._answer(submission, message)
+
+    async def _receive(self, request: web.Request, upload: Upload) -> JobRequest:
+        bound_user = user_restriction(request)
+        with self._open_uploads.one_more() as count_for:
+            if bound_user is not None:
+                count_for(bound_user)
+
+            def admit(user_id: int) -> None:
+                check_user(request, user_id)
+                if bound_user is None:
+                    count_for(user_id)
+
+            return await api_form.read_form(request, upload, self._settings.current, admit)
 
     async def rerun(self, request: web.Request) -> web.StreamResponse:
         """POST /jobs/{id}/rerun."""

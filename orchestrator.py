@@ -7,24 +7,36 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from aiohttp import web
 
+import access
 import api
 import api_log
 import config
 import demo
 import logs
+from access import Role, Token
 from channel import first_failure
 from config import AccessLog, ConfigError, LogFormat, Settings, SettingsInForce
-from database import StoreError, StoreFull, StoreUnavailable
+from database import StoreError, StoreFull, StoreRefused, StoreUnavailable
 from dispatch import Dispatcher
-from store import Store, back_up, check, read_agent_token
+from store import (
+    Store,
+    back_up,
+    check,
+    create_token,
+    list_tokens,
+    read_agent_token,
+    revoke_token,
+)
 
 log = logging.getLogger("orchestrator")
 
@@ -33,6 +45,12 @@ _STOP_AGENT_SECONDS = 3.0
 _AGENT_RESTART_SECONDS = 1.0
 _RETENTION_LONGEST_PAUSE = 3600.0  # so that a clock that was set is noticed
 _RETENTION_RETRY_SECONDS = 60.0
+_TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_USER_ID = re.compile(r"[+-]?[0-9]{1,19}")
+# of a request: its first line, one header field, and how many of them there may be
+_LINE_BYTES = 8190
+_FIELD_BYTES = 8190
+_FIELDS = 128
 
 
 class StartError(Exception):
@@ -105,6 +123,9 @@ async def _serve_store(
         access_log=logging.getLogger("orchestrator.access"),
         access_log_class=api_log.access_logger(settings),
         shutdown_timeout=_STOP_REQUESTS_SECONDS,
+        max_line_size=_LINE_BYTES,
+        max_field_size=_FIELD_BYTES,
+        max_headers=_FIELDS,
     )
     await runner.setup()
     await dispatcher.wait_loaded()
@@ -254,12 +275,41 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("demo", help="run an example job on a throw-away server")
     token_parser = commands.add_parser("agent-token", help="show the token that agents need")
     token_parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+    _add_token_commands(commands.add_parser("token", help="make, list, revoke tokens of the API"))
     backup_parser = commands.add_parser("backup", help="copy the database, also while it is used")
     backup_parser.add_argument("file", metavar="FILE", help="where to; must not be there yet")
     backup_parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
     check_parser = commands.add_parser("check", help="look for damage in a database or a backup")
     check_parser.add_argument("file", metavar="FILE")
     return parser.parse_args(arguments)
+
+
+def _add_token_commands(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    create = actions.add_parser("create", help="make a token and show it, this once")
+    create.add_argument("--name", required=True, type=_token_name)
+    create.add_argument(
+        "--user", required=True, type=_token_user, help="whose jobs it reaches: a user id, or any"
+    )
+    create.add_argument("--role", required=True, choices=list(Role))
+    revoke = actions.add_parser("revoke", help="make a token invalid, within a second")
+    revoke.add_argument("name", metavar="NAME")
+    for action in (create, revoke, actions.add_parser("list", help="show what tokens there are")):
+        action.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+
+
+def _token_name(text: str) -> str:
+    if not _TOKEN_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError("use letters, digits, dot, dash and underscore")
+    return text
+
+
+def _token_user(text: str) -> int | None:
+    if text == "any":
+        return None
+    if not _USER_ID.fullmatch(text) or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError("must be a user id (64 bits), or any")
+    return int(text)
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -313,6 +363,8 @@ def _run_command(options: argparse.Namespace) -> int:
             settings = load_settings(options)
             token = settings.agent_token or read_agent_token(settings.db_path)
             sys.stdout.write(f"{token}\n")
+        case "token":
+            _run_token_command(options)
         case "backup":
             _back_up(load_settings(options).db_path, options.file)
         case "check":
@@ -327,6 +379,33 @@ def _run_command(options: argparse.Namespace) -> int:
             )
             asyncio.run(server)
     return 0
+
+
+def _run_token_command(options: argparse.Namespace) -> None:
+    path = load_settings(options).db_path
+    match options.action:
+        case "create":
+            role = Role(options.role)
+            _create_token(path, Token(options.name, role, options.user, time.time()))
+        case "revoke":
+            revoke_token(path, options.name)
+            if not list_tokens(path):
+                sys.stderr.write("That was the last token: the API is open to everybody now.\n")
+        case _:
+            for token in list_tokens(path):
+                user = "any" if token.user_id is None else token.user_id
+                created = f"{datetime.fromtimestamp(token.created_at, UTC):%Y-%m-%dT%H:%M:%SZ}"
+                sys.stdout.write(f"{token.name} user={user} role={token.role} created={created}\n")
+
+
+def _create_token(path: str, token: Token) -> None:
+    if token.role is Role.ADMIN and token.user_id is not None:
+        raise StoreRefused("an admin steers everybody's jobs: use --user any")
+    secret = access.new_secret()
+    create_token(path, token, access.digest_of(secret))
+    # the secret alone, so that a script can take it
+    sys.stdout.write(f"{secret}\n")
+    sys.stderr.write("Keep it: only its hash is stored, so it can't be shown again.\n")
 
 
 def _back_up(path: str, target: str) -> None:

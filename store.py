@@ -29,6 +29,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
+from access import Role, Token
 from database import (
     BUSY_SECONDS,
     HOW_TO_MAKE_WRITABLE,
@@ -414,6 +415,52 @@ def _ensure_setting(db: Database, name: str, value: str) -> None:
 
 def _first_free_blob_id(db: Database) -> int:
     return int(db.execute("SELECT coalesce(max(id), 0) + 1 FROM blob").fetchone()[0])
+
+
+@contextmanager
+def _tokens_beside(path: str) -> Iterator[sqlite3.Connection]:
+    """Open a database for its tokens, also while a server runs on it."""
+    if not os.path.exists(path):
+        raise StoreRefused(f"{path}: no such file; start the server once to create it")
+    with translated(), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as db:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if application != APPLICATION_ID or version != len(MIGRATIONS):
+            raise StoreRefused(f"{path}: start this version of the server on it once")
+        db.execute("PRAGMA synchronous = FULL")
+        with db:
+            yield db
+
+
+def create_token(path: str, token: Token, sha256: str) -> None:
+    """Store an API token by the digest of its secret. Raises :class:`StoreRefused`."""
+    try:
+        with _tokens_beside(path) as db:
+            db.execute(
+                "INSERT INTO token (name, sha256, user_id, role, created_at)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (token.name, sha256, token.user_id, token.role, token.created_at),
+            )
+    except sqlite3.IntegrityError:
+        raise StoreRefused(f"there is a token {token.name} already; revoke it first") from None
+
+
+def list_tokens(path: str) -> list[Token]:
+    """Return the API tokens of a database, by name. Raises :class:`StoreRefused`."""
+    with _tokens_beside(path) as db:
+        return list(_tokens_by_digest(db).values())
+
+
+def revoke_token(path: str, name: str) -> None:
+    """Remove an API token. Raises :class:`StoreRefused` if there is none of that name."""
+    with _tokens_beside(path) as db:
+        if not db.execute("DELETE FROM token WHERE name = ?", (name,)).rowcount:
+            raise StoreRefused(f"there is no token {name}")
+
+
+def _tokens_by_digest(db: sqlite3.Connection) -> dict[str, Token]:
+    rows = db.execute("SELECT sha256, name, role, user_id, created_at FROM token ORDER BY name")
+    return {row[0]: Token(row[1], Role(row[2]), row[3], row[4]) for row in rows}
 
 
 def read_agent_token(path: str) -> str:
@@ -951,6 +998,12 @@ class Store:
         rows = await self._read("SELECT value FROM setting WHERE name = 'agent_token'")
         return str(rows[0][0])
 
+    async def tokens(self) -> Mapping[str, Token]:
+        """Return all API tokens, by the digests of their secrets."""
+        async with self._reader() as reader:
+            with translated():
+                return await reader.call(_tokens_by_digest)
+
     async def probe(self) -> None:
         """Write something durably, to know whether that works and whether jobs can be taken."""
         self._check_room(0)
@@ -969,6 +1022,11 @@ class Store:
         """Return a job's state and message, None if there is no such job."""
         rows = await self._read("SELECT id, state, message FROM job WHERE id = ?", (job_id,))
         return JobStatus(rows[0][0], JobState(rows[0][1]), rows[0][2]) if rows else None
+
+    async def owner_of(self, job_id: int) -> int | None:
+        """Return the user of a job, None if there is no such job."""
+        rows = await self._read("SELECT user_id FROM job WHERE id = ?", (job_id,))
+        return int(rows[0][0]) if rows else None
 
     async def history(self, job_id: int) -> list[Transition]:
         """Return all transitions of a job, oldest first."""

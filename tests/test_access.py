@@ -1,0 +1,212 @@
+"""API tokens: without any the API is open; with one, each caller gets what its token allows."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import api
+from access import Role, is_for_bound_tokens, needed_role
+from tests.harness import PROJECT, Answer, Server, curl, run, running_server
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    async with running_server(tmp_path / "server", "--slots", "2") as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run.sh").write_text("echo done > output.txt\n")
+    return tmp_path
+
+
+async def token_command(server: Server, *arguments: str) -> tuple[int, str]:
+    """Run ``orchestrator.py token`` beside the server."""
+    command = (sys.executable, str(PROJECT / "orchestrator.py"), "token", *arguments)
+    code, output = await run(*command, "--db", str(server.database))
+    return code, output.decode()
+
+
+async def new_token(server: Server, name: str, user: str, role: str) -> tuple[str, str]:
+    """Make a token; returns curl's arguments that present it."""
+    code, output = await token_command(
+        server, "create", "--name", name, "--user", user, "--role", role
+    )
+    assert code == 0, output
+    return ("-H", f"Authorization: Bearer {output.splitlines()[0]}")
+
+
+async def until_status(status: int, *arguments: str) -> Answer:
+    """Ask until the answer has a status; the server may take two seconds to notice."""
+    deadline = time.monotonic() + 2
+    while (answer := await curl(*arguments)).status != status:
+        assert time.monotonic() < deadline, answer
+        await asyncio.sleep(0.02)
+    return answer
+
+
+async def upload(server: Server, folder: Path, *arguments: str, user: int = 7) -> Answer:
+    fields = ("-F", "file=@run.sh", "-F", f"user_id={user}", "-F", "service=example")
+    return await curl(*fields, *arguments, f"{server.url}/upload", cwd=folder)
+
+
+def assert_error(answer: Answer, status: int, words: str) -> None:
+    assert answer.status == status, answer
+    body = answer.json()
+    assert set(body) == {"id", "status", "message"}
+    assert body["status"] == "Unknown"
+    assert re.search(words, body["message"]), body
+
+
+def documented() -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Return every documented operation: method, path, description."""
+    document = yaml.safe_load(Path(api.data_file("openapi.yaml")).read_text())
+    return [
+        (method.upper(), path, operation)
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+    ]
+
+
+def filled(path: str, job_id: int) -> str:
+    """Put a job in a documented path, and some file or agent where it has one."""
+    return re.sub(r"{\w+}", "run.sh", path.replace("{id}", str(job_id)))
+
+
+async def test_tokens_are_demanded_honoured_and_revoked_while_the_server_runs(
+    server: Server, folder: Path
+) -> None:
+    assert (await upload(server, folder)).status == 201
+    assert (await token_command(server, "list")) == (0, "")
+    web = await new_token(server, "web", "any", "submit")
+    answer = await until_status(401, "-i", f"{server.url}/download/1")
+    assert b'\r\nwww-authenticate: bearer realm="orchestrator"\r\n' in answer.body.lower()
+    open_paths = {"/", "/health", "/swagger-ui/"}
+    for method, path, operation in documented():
+        answer = await curl("-X", method, server.url + filled(path, 1))
+        if path in open_paths:
+            assert answer.status == 200
+        elif path == "/agent":
+            assert_error(answer, 400, "WebSocket")
+        else:
+            assert_error(answer, 401, "Authorization: Bearer")
+            assert {"401", "403"} <= set(operation["responses"]), (method, path)
+    assert_error(await upload(server, folder), 401, "Authorization: Bearer")
+    assert_error(await curl(f"{server.url}/nothing"), 401, "Authorization: Bearer")
+    assert (await curl(f"{server.url}/swagger-ui/swagger.json")).status == 200
+    for header in ("Bearer wrong", "Basic d2ViOng=", "Bearer", "Bearer \N{SNOWMAN}", web[1][-43:]):
+        answer = await curl("-H", f"Authorization: {header}", f"{server.url}/download/1")
+        assert_error(answer, 401, "not valid")
+    # the embedded agent has a token of its own, and goes on
+    assert (await upload(server, folder, *web)).status == 201
+    assert (await until_status(200, *web, f"{server.url}/download/2?wait=20")).body[:2] == b"PK"
+    code, output = await token_command(
+        server, "create", "--name", "web", "--user", "1", "--role", "read"
+    )
+    assert (code, "there is a token web already" in output) == (2, True)
+    code, output = await token_command(server, "list")
+    assert re.fullmatch(r"web user=any role=submit created=\d{4}-\d\d-\d\dT[\d:]{8}Z\n", output)
+    secret = web[1].removeprefix("Authorization: Bearer ").encode()
+    files = [path for path in server.directory.iterdir() if path.is_file()]
+    assert all(secret not in path.read_bytes() for path in files)
+    code, output = await token_command(server, "revoke", "web")
+    assert (code, "open to everybody" in output) == (0, True)
+    await until_status(200, f"{server.url}/download/1")
+    assert (await token_command(server, "revoke", "web"))[0] == 2
+    await new_token(server, "other", "any", "admin")
+    await until_status(401, *web, f"{server.url}/download/1")
+
+
+async def test_a_bound_token_can_not_tell_another_s_job_from_none(
+    server: Server, folder: Path
+) -> None:
+    for user in (7, 8):
+        assert (await upload(server, folder, user=user)).status == 201
+    await server.wait(1)
+    await server.wait(2)
+    bound = await new_token(server, "bound", "7", "submit")
+    await until_status(401, f"{server.url}/download/1")
+    asked = 0
+    for method, path, _ in documented():
+        if "{id}" not in path:
+            continue
+        asked += 1
+        own = await curl(*bound, "-X", method, server.url + filled(path, 1))
+        assert own.status in (200, 201, 409), (path, own)
+        others = await curl(*bound, "-X", method, server.url + filled(path, 2))
+        assert_error(others, 404, "there is no job 2")
+        unknown = await curl(*bound, "-X", method, server.url + filled(path, 999))
+        assert unknown.body.replace(b"999", b"2") == others.body
+        head = await curl(*bound, "-I", server.url + filled(path, 2))
+        assert head.status in (404, 405)
+    assert asked >= 4
+    assert server.query("SELECT count(*) FROM job WHERE user_id = 8") == [(1,)]
+    assert_error(await upload(server, folder, *bound, user=8), 403, "not for user 8")
+    assert server.query("SELECT count(*) FROM job WHERE user_id = 8") == [(1,)]
+    assert (await upload(server, folder, *bound, user=7)).status == 201
+    assert_error(await curl(*bound, f"{server.url}/nothing"), 404, "/nothing")
+
+
+async def test_each_role_does_what_it_says_and_no_more(server: Server, folder: Path) -> None:
+    assert (await upload(server, folder)).status == 201
+    await server.wait(1)
+    read = await new_token(server, "read", "any", "read")
+    submit = await new_token(server, "submit", "any", "submit")
+    await until_status(401, f"{server.url}/download/1")
+    again = ("-X", "POST", f"{server.url}/jobs/1/rerun")
+    end = ("-X", "POST", f"{server.url}/terminate/1")
+    assert (await curl(*read, f"{server.url}/download/1")).status == 200
+    for refused in (await upload(server, folder, *read), await curl(*read, *again)):
+        assert_error(refused, 403, "allows to read, the role submit is needed")
+    assert_error(await curl(*read, *end), 403, "submit is needed")
+    assert (await upload(server, folder, *submit)).status == 201
+    assert (await curl(*submit, *again)).status == 201
+    assert_error(await curl(*submit, *end), 409, "Completed already")
+    code, output = await token_command(
+        server, "create", "--name", "x", "--user", "7", "--role", "admin"
+    )
+    assert (code, "use --user any" in output) == (2, True)
+    for bad in (("--user", "me", "--role", "read"), ("--user", "7", "--role", "root")):
+        assert (await token_command(server, "create", "--name", "x", *bad))[0] == 2
+
+
+def test_what_the_policy_does_not_know_only_admins_may_do() -> None:
+    assert needed_role("POST", "/agents/{name}/drain") is Role.ADMIN
+    assert needed_role("DELETE", "/upload/everything") is Role.ADMIN
+    assert needed_role("GET", "/something/new") is Role.READ
+    assert not is_for_bound_tokens("/something/new")
+    assert Role.ADMIN.includes(Role.SUBMIT)
+    assert not Role.READ.includes(Role.SUBMIT)
+
+
+async def test_a_token_needs_a_database_that_a_server_has_made(tmp_path: Path) -> None:
+    server = Server(tmp_path, {})
+    code, output = await token_command(server, "list")
+    assert (code, "start the server once" in output) == (2, True)
+    assert not server.database.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-H", f"X-Large: {'x' * 8200}"),
+        tuple(word for number in range(130) for word in ("-H", f"X-{number}: x")),
+    ],
+    ids=["large field", "many fields"],
+)
+async def test_a_request_with_too_much_header_is_refused(
+    server: Server, arguments: tuple[str, ...]
+) -> None:
+    assert (await curl(*arguments, f"{server.url}/health")).status == 400
+    assert (await curl(f"{server.url}/health?{'x' * 8200}")).status == 400
+    assert (await curl(f"{server.url}/health")).status == 200
