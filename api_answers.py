@@ -55,6 +55,10 @@ class TooManyUploads(Exception):
         self.status = status
 
 
+class ClientStalled(Exception):
+    """The client sent nothing for too long in the middle of a request."""
+
+
 class UploadTooLarge(Exception):
     """The request is longer than the limit. 413."""
 
@@ -109,6 +113,10 @@ def _of_exception(request: web.Request, error: Exception) -> web.Response:
         case AlreadyFinal() | Conflict() | KeyReused() | InputGone():
             job_id = max(job_id_of(request), 0) if "id" in request.match_info else 0
             return error_answer(409, str(error), job_id)
+        case ClientStalled():
+            answer = error_answer(408, str(error))
+            answer.force_close()  # the rest of the request would be read as another one
+            return answer
         case UploadTooLarge():
             limit = MAX_UPLOAD_BYTES // (1024 * 1024)
             return error_answer(413, f"the request is larger than {limit} MB")

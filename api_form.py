@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,7 +13,7 @@ import aiohttp
 from aiohttp import BodyPartReader, MultipartReader, hdrs, web
 
 import protocol
-from api_answers import BadRequest, UploadTooLarge
+from api_answers import BadRequest, ClientStalled, UploadTooLarge
 from config import LONGEST_TIMEOUT, MAX_UPLOAD_BYTES, ServiceLimits, Settings
 from store import JobRequest, Upload
 
@@ -58,19 +60,50 @@ async def read_form(
     key = idempotency_key(request)
     form = _Form(settings.max_files, admit)
     try:
-        reader = await request.multipart()
-        while (part := await reader.next()) is not None:
-            await _read_part(request, part, form, upload)
-        if not reader.at_eof():
-            raise BadRequest("the form ends too early")
-        while await request.content.read(_READ_BYTES):
-            _check_length(request)
+        async with _progress_demanded(request, settings.upload_idle):
+            await _read_body(request, form, upload)
+    except TimeoutError:
+        raise ClientStalled(f"nothing came for {settings.upload_idle:g} s") from None
     except (ValueError, AssertionError, RuntimeError, aiohttp.http_exceptions.HttpProcessingError):
         # what aiohttp's multipart reader raises for input that is not multipart
         raise BadRequest("the body is not well-formed multipart/form-data") from None
     except aiohttp.ClientPayloadError:
         raise BadRequest("the body ended before its announced length") from None
     return _job_request(form, key, settings.services)
+
+
+async def _read_body(request: web.Request, form: _Form, upload: Upload) -> None:
+    reader = await request.multipart()
+    while (part := await reader.next()) is not None:
+        await _read_part(request, part, form, upload)
+    if not reader.at_eof():
+        raise BadRequest("the form ends too early")
+    while await request.content.read(_READ_BYTES):
+        _check_length(request)
+
+
+@asynccontextmanager
+async def _progress_demanded(request: web.Request, seconds: float) -> AsyncIterator[None]:
+    """Raise :class:`TimeoutError` in the block once no byte has come for so long.
+
+    aiohttp limits the time between the requests of a connection, but none within a request.
+    """
+    loop = asyncio.get_running_loop()
+
+    async def look(limit: asyncio.Timeout) -> None:
+        seen = 0
+        while True:
+            await asyncio.sleep(seconds / 4)
+            if request.content.total_bytes > seen:
+                seen = request.content.total_bytes
+                limit.reschedule(loop.time() + seconds)
+
+    async with asyncio.timeout(seconds) as limit:
+        looking = asyncio.create_task(look(limit), name="look at an upload")
+        try:
+            yield
+        finally:
+            looking.cancel()
 
 
 def _job_request(form: _Form, key: str | None, services: Mapping[str, ServiceLimits]) -> JobRequest:

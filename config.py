@@ -80,6 +80,7 @@ class Settings:
     be started. ``kill_grace``: time between SIGTERM and SIGKILL for a job's processes.
     ``max_result_bytes``, ``max_result_files``: what a job may leave, before it is compressed;
     ``max_log_bytes``: what is kept of each of its two output streams.
+    ``upload_idle``: how long a client may send nothing in the middle of an upload.
     ``max_files``: the most files of a job. ``max_open_uploads`` of one user, and
     ``max_open_uploads_total`` of all, may arrive at a time; ``max_queued_jobs`` of one user
     may wait. ``slots``: slots of the embedded agent. ``allowed_hosts``: further names under
@@ -97,6 +98,7 @@ class Settings:
     max_result_files: int = 1_000_000
     max_log_bytes: int = 16 * _MIB
     max_files: int = MAX_FILES
+    upload_idle: float = 60.0
     max_open_uploads: int = 8
     max_open_uploads_total: int = 128
     max_queued_jobs: int = 100_000
@@ -223,6 +225,7 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
     "MAX_RESULT_FILES": ("max_result_files", _integer(1, 100_000_000)),
     "MAX_LOG_BYTES": ("max_log_bytes", _integer(2, 2**40)),
     "MAX_FILES": ("max_files", _integer(1, MAX_FILES)),
+    "UPLOAD_IDLE": ("upload_idle", _seconds(0.1, 24 * 3600)),
     "MAX_OPEN_UPLOADS": ("max_open_uploads", _COUNT),
     "MAX_OPEN_UPLOADS_TOTAL": ("max_open_uploads_total", _COUNT),
     "MAX_QUEUED_JOBS": ("max_queued_jobs", _integer(1, 1_000_000_000)),
