@@ -222,7 +222,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         self._heard_at = loop.time()
         while loop.time() - self._heard_at < _SILENT_HEARTBEATS * interval:
-            self._put(protocol.Heartbeat())
+            self._put(protocol.Heartbeat(os.getloadavg()[0]))
             await asyncio.sleep(interval)
         raise _ConnectionEnded("the server is silent")
 

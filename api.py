@@ -25,15 +25,14 @@ from api_answers import (
 )
 from api_files import FileHandlers
 from api_guard import is_loopback, refuse_strangers
+from api_operations import OperationHandlers
 from api_submit import SubmitHandlers
 from config import SettingsInForce
-from database import StoreError
 from dispatch import Dispatcher
+from instruments import Instruments
 from store import Store
 
 log = logging.getLogger("orchestrator.api")
-
-_HEALTH_SECONDS = 5.0
 
 
 def data_file(name: str) -> Path:
@@ -43,12 +42,21 @@ def data_file(name: str) -> Path:
 
 
 def make_application(
-    store: Store, dispatcher: Dispatcher, settings: SettingsInForce, agent_token: str
+    store: Store,
+    dispatcher: Dispatcher,
+    settings: SettingsInForce,
+    agent_token: str,
+    instruments: Instruments | None = None,
 ) -> web.Application:
-    """Put the API together. ``agent_token`` is what agents must present."""
+    """Put the API together.
+
+    ``agent_token`` is what agents must present, ``instruments`` are those of this server (new
+    ones if there are none).
+    """
     api = _Api(store, dispatcher, settings, agent_token)
     files = FileHandlers(store)
     submit = SubmitHandlers(store, dispatcher, settings)
+    operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
     guards = [refuse_strangers(settings), demand_tokens(store)]
     application = web.Application(middlewares=[answer_errors, *guards])
     application.on_response_prepare.append(_add_security_headers)
@@ -59,7 +67,12 @@ def make_application(
         swagger_ui_settings=SwaggerUiSettings(path="/swagger-ui/", validatorUrl=None),
     )
     swagger.add_get("/", api.ping)
-    swagger.add_get("/health", api.health)
+    swagger.add_get("/health", operations.health)
+    swagger.add_get("/agents", operations.agents)
+    swagger.add_post("/agents/{name}/drain", operations.drain_agent, validate=False)
+    swagger.add_post("/agents/{name}/resume", operations.resume_agent, validate=False)
+    swagger.add_get("/services", operations.services)
+    swagger.add_get("/metrics", operations.metrics)
     swagger.add_post("/upload", submit.upload, validate=False, expect_handler=api_form.ask_for_body)
     swagger.add_get("/download/{id}", files.download, validate=False)
     swagger.add_post("/jobs/{id}/rerun", submit.rerun, validate=False)
@@ -97,16 +110,6 @@ class _Api:
 
     async def ping(self, request: web.Request) -> web.StreamResponse:
         return web.Response(text="Orchestrator is running\n")
-
-    async def health(self, request: web.Request) -> web.StreamResponse:
-        try:
-            await asyncio.wait_for(self._store.probe(), _HEALTH_SECONDS)
-        except StoreError as error:
-            return web.json_response({"status": "unhealthy", "message": str(error)}, status=500)
-        except TimeoutError:
-            message = f"the store did not answer within {_HEALTH_SECONDS:g} s"
-            return web.json_response({"status": "unhealthy", "message": message}, status=500)
-        return web.json_response({"status": "healthy"})
 
     async def terminate(self, request: web.Request) -> web.StreamResponse:
         job_id = job_id_of(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import re
 from collections.abc import Awaitable, Callable
@@ -73,6 +74,14 @@ def job_answer(job: JobStatus, status: int = 200) -> web.Response:
     """Return a job's status in the documented shape."""
     body = {"id": job.id, "status": job.state.value, "message": job.message}
     return web.json_response(body, status=status)
+
+
+def rfc3339(at: float | None) -> str | None:
+    """Return a time, given in Unix seconds, in UTC as RFC 3339 writes it; None stays None."""
+    if at is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def job_id_of(request: web.Request) -> int:

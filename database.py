@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,15 @@ from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import aiosqlite
 
+from metrics import Histogram
+
 T = TypeVar("T")
 
 _WAL_LIMIT_BYTES = 64 * 1024 * 1024
 _BATCH_OPERATIONS = 512
 _BATCH_BYTES = 1024 * 1024  # about 7 ms of writing: short ones never wait longer
 _VACUUM_PAGES = 512
+SQLITE_VERSION = sqlite3.sqlite_version
 BUSY_SECONDS = 5.0
 """How long a connection waits for another one's lock."""
 
@@ -133,6 +137,16 @@ class Writer:
         self._bulk: deque[_Operation[Any]] = deque()
         self._alone: deque[_Operation[Any]] = deque()
         self._wake = asyncio.Event()
+        self.batch_sizes = Histogram(
+            "orchestrator_commit_operations",
+            "Operations that were committed together.",
+            (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        )
+        self.commit_seconds = Histogram(
+            "orchestrator_commit_seconds",
+            "Time for one transaction, its sync to the disk included.",
+            (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+        )
 
     async def write(self, function: Callable[[Database], T], weight: int = 0) -> T:
         """Run ``function`` in a transaction; returns when it is committed and synced.
@@ -192,6 +206,7 @@ class Writer:
 
     async def _commit(self, batch: list[_Operation[Any]]) -> None:
         functions = [operation.function for operation in batch]
+        started_at = time.monotonic()
         try:
             with translated():
                 batch_outcome = await self._connection.call(lambda db: _run_batch(db, functions))
@@ -199,6 +214,8 @@ class Writer:
             for operation in batch:
                 _fail(operation.future, error)
             return
+        self.batch_sizes.observe(len(batch))
+        self.commit_seconds.observe(time.monotonic() - started_at)
         outcomes, announcements = batch_outcome
         if announcements:
             self._publish(announcements)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ from channel import Outbox, Socket, first_failure
 from config import ServiceLimits, Settings, SettingsInForce
 from database import StoreFull, StoreUnavailable
 from protocol import ProtocolError, Stream
-from scheduler import FairQueue
+from scheduler import Counts, FairQueue
 from store import (
     ActiveJob,
     Assignment,
     IllegalTransition,
     JobStatus,
+    KnownAgent,
     Loss,
     QueuedJob,
     ResultMismatch,
@@ -70,6 +72,36 @@ class AlreadyFinal(Exception):
         self.state = state
 
 
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """An agent as an operator sees it.
+
+    ``services`` is None for all; ``busy`` is the number of slots in use, of ``slots``, which
+    are 0 while it stops by itself. ``heartbeat_age``: seconds since it was heard, None if not
+    since the server started. ``load``: the load average of its machine. ``lease_left``: seconds
+    until the jobs of an agent that is away go to others.
+    """
+
+    id: str
+    name: str
+    version: str | None
+    services: tuple[str, ...] | None
+    slots: int
+    busy: int
+    jobs: tuple[QueuedJob, ...]
+    is_connected: bool
+    is_drained: bool
+    heartbeat_age: float | None
+    load: float | None
+    connected_since: float | None
+    address: str | None
+    lease_left: float | None
+
+    def offers(self, service: str) -> bool:
+        """Say whether jobs of the service may run there."""
+        return self.services is None or service in self.services
+
+
 @dataclass(slots=True)
 class _Agent:
     """An agent, connected or away. Away, it keeps its attempts until the lease runs out."""
@@ -82,9 +114,12 @@ class _Agent:
     reserved: int = 0
     attempts: dict[int, _Attempt] = field(default_factory=dict)
     lease: asyncio.TimerHandle | None = None
+    version: str | None = None
+    is_drained: bool = False
+    heard_at: float | None = None
 
     def free_slots(self) -> int:
-        if self.session is None or not self.session.is_welcomed:
+        if self.is_drained or self.session is None or not self.session.is_welcomed:
             return 0
         return self.slots - self.reserved - len(self.attempts)
 
@@ -93,6 +128,27 @@ class _Agent:
 
     def offers(self, service: str) -> bool:
         return self.services is None or service in self.services
+
+    def status(self) -> AgentStatus:
+        now = asyncio.get_running_loop().time()
+        session = self.session
+        heard_at = self.heard_at if session is None else session.heard_at
+        return AgentStatus(
+            id=self.id,
+            name=self.name,
+            version=self.version,
+            services=None if self.services is None else tuple(sorted(self.services)),
+            slots=self.slots,
+            busy=self.reserved + len(self.attempts),
+            jobs=tuple(attempt.job for attempt in self.attempts.values()),
+            is_connected=session is not None,
+            is_drained=self.is_drained,
+            heartbeat_age=None if heard_at is None else now - heard_at,
+            load=None if session is None else session.load,
+            connected_since=None if session is None else session.connected_at,
+            address=None if session is None else session.address,
+            lease_left=None if self.lease is None else self.lease.when() - now,
+        )
 
 
 class AgentSocket(Socket, Protocol):
@@ -159,6 +215,53 @@ class Dispatcher:
         finally:
             self._sessions.discard(session)
 
+    # --- what operators ask
+
+    def agents(self) -> list[AgentStatus]:
+        """Return the agents that are connected, hold jobs, or are drained."""
+        return [agent.status() for agent in self._agents.values()]
+
+    def active_jobs(self) -> list[tuple[str, protocol.JobState]]:
+        """Return service and state of each job that an agent holds."""
+        return [
+            (attempt.job.service, attempt.state)
+            for agent in self._agents.values()
+            for attempt in agent.attempts.values()
+        ]
+
+    def services_with_jobs(self) -> list[str]:
+        """Return the services that have jobs, configured or not."""
+        return [name for name in self._queue.services() if self.counts_of_service(name) != Counts()]
+
+    def counts_of_service(self, name: str) -> Counts:
+        """Return how many jobs of a service wait and are active."""
+        return self._queue.counts_of_service(name)
+
+    async def drain(self, name: str) -> list[AgentStatus]:
+        """Give nothing new to the agents of this name or id; lasts until :meth:`resume`.
+
+        Returns all of them, connected ones first; none if there was never one. Those that
+        are away are drained, too.
+        """
+        return self._note_drained(await self.store.set_drained(name, True), True)
+
+    async def resume(self, name: str) -> list[AgentStatus]:
+        """Give jobs again to the agents of this name or id; returns them as :meth:`drain`."""
+        return self._note_drained(await self.store.set_drained(name, False), False)
+
+    def _note_drained(self, known: list[KnownAgent], is_drained: bool) -> list[AgentStatus]:
+        found = [self._agents.setdefault(k.id, _Agent(k.id, k.name)) for k in known]
+        for agent in found:
+            agent.is_drained = is_drained
+            log.info(
+                "event=agent_drained agent=%s id=%s drained=%s", agent.name, agent.id, is_drained
+            )
+        statuses = [agent.status() for agent in found]
+        for agent in found:
+            self._forget_if_gone(agent)
+        self._wake.set()
+        return sorted(statuses, key=lambda status: not status.is_connected)
+
     # --- scheduling
 
     def _apply_limits(self) -> None:
@@ -172,10 +275,14 @@ class Dispatcher:
                 active.agent_id, _Agent(active.agent_id, active.agent_name)
             )
             agent.attempts[active.attempt_id] = _attempt_of(active)
+        for known in await self.store.drained_agents():
+            agent = self._agents.setdefault(known.id, _Agent(known.id, known.name))
+            agent.is_drained = True
         for job in await self.store.queued_jobs():
             self._queue.add(job)
         for agent in self._agents.values():
-            self._start_lease(agent)
+            if agent.attempts:
+                self._start_lease(agent)
         log.info("event=dispatcher_ready agents_awaited=%d", len(self._agents))
 
     def _schedule(self) -> None:
@@ -259,6 +366,7 @@ class Dispatcher:
             agent = self._known_agent(hello)  # without attempts it was forgotten meanwhile
         agent.session = session
         agent.name = hello.name
+        agent.version = hello.version
         agent.slots = hello.slots
         agent.services = None if hello.services is None else frozenset(hello.services)
         if agent.lease is not None:
@@ -294,10 +402,15 @@ class Dispatcher:
         if agent.session is not session:
             return
         agent.session = None
+        agent.heard_at = session.heard_at
         if agent.attempts:
             self._start_lease(agent)
-        elif not agent.reserved:
-            del self._agents[agent.id]
+        self._forget_if_gone(agent)
+
+    def _forget_if_gone(self, agent: _Agent) -> None:
+        is_needed = agent.session is not None or agent.attempts or agent.reserved
+        if not is_needed and not agent.is_drained:
+            self._agents.pop(agent.id, None)
 
     def ready(self) -> None:
         """An agent with free slots may be there."""
@@ -400,8 +513,7 @@ class Dispatcher:
             if agent.session is not None:
                 return  # it came back while the attempts before were given back
             await self.give_back(agent, attempt, Loss.AGENT_AWAY, reason)
-        if agent.session is None and not agent.attempts and not agent.reserved:
-            self._agents.pop(agent.id, None)
+        self._forget_if_gone(agent)
 
 
 def _attempt_of(active: ActiveJob) -> _Attempt:
@@ -443,7 +555,9 @@ class _Session:
         self._tasks: asyncio.TaskGroup
         self._closing = asyncio.Event()
         self._heard = asyncio.Event()
-        self._heard_at = 0.0
+        self.heard_at = asyncio.get_running_loop().time()
+        self.connected_at = time.time()
+        self.load: float | None = None
         self._frames = socket.frames()
 
     async def run(self) -> None:
@@ -619,14 +733,14 @@ class _Session:
                 self._take_message(protocol.decode(frame))
 
     def _note_heard(self) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
+        self.heard_at = asyncio.get_running_loop().time()
         self._heard.set()
 
     async def _watch_silence(self) -> None:
         """End a half-open connection: nothing came for some heartbeats."""
         limit = _SILENT_HEARTBEATS * _heartbeat_seconds(self._dispatcher.settings)
         loop = asyncio.get_running_loop()
-        while (left := self._heard_at + limit - loop.time()) > 0:  # noqa: ASYNC110 - no poll: the deadline moves
+        while (left := self.heard_at + limit - loop.time()) > 0:  # noqa: ASYNC110 - no poll: the deadline moves
             await asyncio.sleep(left)
         log.warning("event=agent_silent agent=%s seconds=%g", self._agent.name, limit)
         raise _ConnectionEnded
@@ -636,6 +750,7 @@ class _Session:
     def _take_message(self, message: protocol.Message | protocol.UnknownMessage) -> None:
         match message:
             case protocol.Heartbeat():
+                self.load = message.load
                 self._outbox.put(protocol.Heartbeat())
             case protocol.Drain():
                 log.info("event=agent_drains agent=%s", self._agent.name)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from protocol import JobState
@@ -22,6 +22,7 @@ class Transition:
     """One line of a job's history; ``at`` in Unix seconds, ``before`` None for the first.
 
     ``id`` grows with every transition of any job. ``attempt`` is the number within the job.
+    ``created_at`` and ``started_at`` (of its last attempt) are the job's, known to the feed only.
     """
 
     id: int
@@ -33,6 +34,8 @@ class Transition:
     before: JobState | None
     after: JobState
     reason: str
+    created_at: float | None = field(default=None, compare=False)
+    started_at: float | None = field(default=None, compare=False)
 
 
 class AgentChangeKind(enum.StrEnum):
@@ -121,16 +124,27 @@ class Feed:
     def __init__(self) -> None:
         self._of_all: set[Subscription] = set()
         self._of_jobs: dict[int, set[Subscription]] = {}
+        self._followers: list[Callable[[Event], None]] = []
         self._is_closed = False
 
     def publish(self, events: Sequence[Event]) -> None:
         """Tell the subscribers what has been committed, in its order."""
         for event in events:
+            for follower in self._followers:
+                follower(event)
             for subscription in self._of_all:
                 subscription.add(event)
             if isinstance(event, Transition) and event.job_id in self._of_jobs:
                 for subscription in self._of_jobs[event.job_id]:
                     subscription.add(event)
+
+    def follow(self, follower: Callable[[Event], None]) -> None:
+        """Call ``follower`` with every event from now on.
+
+        It misses none, and hears of an event before the one who brought it about hears that
+        it is committed. It must be quick and raise nothing.
+        """
+        self._followers.append(follower)
 
     def close(self) -> None:
         """End all subscriptions, present and future: the server is stopping."""

@@ -28,6 +28,7 @@ from channel import first_failure
 from config import AccessLog, ConfigError, LogFormat, Settings, SettingsInForce
 from database import StoreError, StoreFull, StoreRefused, StoreUnavailable
 from dispatch import Dispatcher
+from instruments import Instruments
 from store import (
     Store,
     back_up,
@@ -43,6 +44,7 @@ log = logging.getLogger("orchestrator")
 _STOP_REQUESTS_SECONDS = 3.0
 _STOP_AGENT_SECONDS = 3.0
 _AGENT_RESTART_SECONDS = 1.0
+_REMEMBERED_JOBS = 2000  # of all services, for their medians
 _RETENTION_LONGEST_PAUSE = 3600.0  # so that a clock that was set is noticed
 _RETENTION_RETRY_SECONDS = 60.0
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -114,14 +116,18 @@ async def _serve_store(
     tasks: asyncio.TaskGroup,
     background: list[asyncio.Task[None]],
 ) -> None:
+    instruments = Instruments()
+    instruments.jobs.begin(await store.times_of_last_jobs(_REMEMBERED_JOBS))
+    store.feed.follow(instruments.jobs.follow)
+    background.append(tasks.create_task(instruments.watch_loop(), name="loop lag"))
     token = settings.current.agent_token or await store.agent_token()
     dispatcher = Dispatcher(store, settings)
     background.append(tasks.create_task(dispatcher.run(), name="dispatcher"))
     background.append(tasks.create_task(keep_retention(store, settings), name="retention"))
     runner = web.AppRunner(
-        api.make_application(store, dispatcher, settings, token),
+        api.make_application(store, dispatcher, settings, token, instruments),
         access_log=logging.getLogger("orchestrator.access"),
-        access_log_class=api_log.access_logger(settings),
+        access_log_class=api_log.access_logger(settings, instruments.http),
         shutdown_timeout=_STOP_REQUESTS_SECONDS,
         max_line_size=_LINE_BYTES,
         max_field_size=_FIELD_BYTES,

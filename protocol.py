@@ -199,7 +199,9 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The sender lives."""
+    """The sender lives. ``load`` is the 1-minute load average of an agent's machine."""
+
+    load: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,14 +447,19 @@ def _enum_parser(cls: type[enum.StrEnum]) -> Parser:
 def _dataclass_parser(cls: type[Any]) -> Parser:
     hints = typing.get_type_hints(cls)
     parsers = {field.name: _parser(hints[field.name]) for field in dataclasses.fields(cls)}
+    # one with a default is younger than the protocol's version: a peer may not know it
+    required = {
+        field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
+    }
 
     def parse_fields(value: object) -> Any:
         if not isinstance(value, dict):
             raise ProtocolError(f"not a {cls.__name__}: {value!r:.80}")
-        missing = parsers.keys() - value.keys()
+        missing = required - value.keys()
         if missing:
             raise ProtocolError(f"{cls.__name__} without {', '.join(sorted(missing))}")
-        return cls(**{name: parse(value[name]) for name, parse in parsers.items()})
+        given = {name: parse(value[name]) for name, parse in parsers.items() if name in value}
+        return cls(**given)
 
     return parse_fields
 

@@ -40,6 +40,14 @@ class _ServiceQueue:
             del self.users[user_id]
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many jobs wait, and how many are active."""
+
+    waiting: int = 0
+    active: int = 0
+
+
 class FairQueue:
     """The scheduling policy: who is next.
 
@@ -100,6 +108,17 @@ class FairQueue:
         user.waiting = left
         service.update_turn(job.user_id)
         return was_waiting
+
+    def services(self) -> list[str]:
+        """Return the services that have, or had, jobs."""
+        return list(self._services)
+
+    def counts_of_service(self, name: str) -> Counts:
+        """Return the counts over all users of a service."""
+        service = self._services.get(name)
+        if service is None:
+            return Counts()
+        return Counts(sum(len(user.waiting) for user in service.users.values()), service.active)
 
     def _take(self, service: _ServiceQueue) -> QueuedJob:
         user_id, _ = service.turns.popitem(last=False)

@@ -29,6 +29,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
+import metrics
 from access import Role, Token
 from database import (
     BUSY_SECONDS,
@@ -48,7 +49,7 @@ from database import (
     translated,
     vacuum_some,
 )
-from events import Feed, Transition
+from events import AgentChange, AgentChangeKind, Feed, Transition
 from protocol import (
     ACTIVE_STATES,
     CHUNK_BYTES,
@@ -353,6 +354,24 @@ class StoredResult:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownAgent:
+    """An agent that was here once."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobTimes:
+    """When a job came, when its last attempt started (None: it never did), when it ended."""
+
+    service: str
+    created_at: float
+    started_at: float | None
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     id: int
     user_id: int
@@ -492,19 +511,29 @@ def _transition(db: Database, job: _Job, after: JobState, reason: str) -> None:
     if after not in TRANSITIONS[job.state]:
         raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
     now = time.time()
-    db.execute(_SET_STATE[after], (after, now, job.id))
-    _write_history(db, job, now, job.state, after, reason)
+    # fetched to its end: only then is the statement done
+    ((created_at, started_at),) = db.execute(_SET_STATE[after], (after, now, job.id)).fetchall()
+    line = _write_history(db, job, now, job.state, after, reason)
+    db.announce(dataclasses.replace(line, created_at=created_at, started_at=started_at))
 
 
 _SET_STATE: Mapping[JobState, str] = {
-    **dict.fromkeys(JobState, "UPDATE job SET state = ?, changed_at = ? WHERE id = ?"),
-    JobState.RUNNING: "UPDATE job SET state = ?1, changed_at = ?2, started_at = ?2 WHERE id = ?3",
+    **dict.fromkeys(
+        JobState,
+        "UPDATE job SET state = ?1, changed_at = ?2 WHERE id = ?3 RETURNING created_at, started_at",
+    ),
+    JobState.RUNNING: (
+        "UPDATE job SET state = ?1, changed_at = ?2, started_at = ?2 WHERE id = ?3"
+        " RETURNING created_at, started_at"
+    ),
     JobState.QUEUED: (
         "UPDATE job SET state = ?1, changed_at = ?2, started_at = NULL WHERE id = ?3"
+        " RETURNING created_at, started_at"
     ),
     **dict.fromkeys(
         FINAL_STATES,
-        "UPDATE job SET state = ?1, changed_at = ?2, finished_at = ?2 WHERE id = ?3",
+        "UPDATE job SET state = ?1, changed_at = ?2, finished_at = ?2 WHERE id = ?3"
+        " RETURNING created_at, started_at",
     ),
 }
 """How each state is entered; the times of a job are those of its last attempt."""
@@ -512,25 +541,32 @@ _SET_STATE: Mapping[JobState, str] = {
 
 def _write_history(
     db: Database, job: _Job, at: float, before: JobState | None, after: JobState, reason: str
-) -> None:
+) -> Transition:
     row_id = db.execute(
         "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason)"
         " VALUES (?, ?, ?, ?, ?, ?)",
         (job.id, job.attempts, at, before, after, reason),
     ).lastrowid
-    db.announce(
-        Transition(
-            cast(int, row_id),
-            job.id,
-            job.user_id,
-            job.service,
-            job.attempts,
-            at,
-            before,
-            after,
-            reason,
-        )
+    return Transition(
+        cast(int, row_id),
+        job.id,
+        job.user_id,
+        job.service,
+        job.attempts,
+        at,
+        before,
+        after,
+        reason,
     )
+
+
+def _write_agent_change(db: Database, agent_id: str, name: str, kind: AgentChangeKind) -> None:
+    at = time.time()
+    row_id = db.execute(
+        "INSERT INTO agent_history (agent_id, name, at, kind) VALUES (?, ?, ?, ?)",
+        (agent_id, name, at, kind),
+    ).lastrowid
+    db.announce(AgentChange(cast(int, row_id), agent_id, name, at, kind))
 
 
 def _set_message(db: Database, job_id: int, message: str) -> None:
@@ -703,6 +739,7 @@ class Upload:
         submission = await self._store.write_bytes(operation, weight)
         if not submission.is_repeated:
             self._flushed.clear()
+            self._store.uploaded_bytes.add(sum(file.spec.size for file in files))
         return submission
 
     async def abandon(self) -> None:
@@ -760,7 +797,8 @@ def _insert_job(db: Database, request: JobRequest, message: str, reason: str) ->
         ((job_id, key, value) for key, value in request.tags),
     )
     job = _Job(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
-    _write_history(db, job, now, None, JobState.QUEUED, reason)
+    line = _write_history(db, job, now, None, JobState.QUEUED, reason)
+    db.announce(dataclasses.replace(line, created_at=now))
     return QueuedJob(job_id, request.user_id, request.service, request.priority)
 
 
@@ -861,6 +899,13 @@ def _request_of(db: Database, job_id: int) -> JobRequest | None:
 # --- the store --------------------------------------------------------------------
 
 
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
 def _advice(error: StoreError) -> str:
     """Say what to do about a file that can't be opened."""
     match getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF:
@@ -886,6 +931,12 @@ class Store:
 
     def __init__(self, path: str, lock: int) -> None:
         self.feed = Feed()
+        self.uploaded_bytes = metrics.Counter(
+            "orchestrator_uploaded_bytes_total", "Bytes of the files of jobs that were taken in."
+        )
+        self._result_bytes = metrics.Counter(
+            "orchestrator_result_bytes_total", "Bytes of results that agents delivered."
+        )
         self._path = path
         self._lock = lock
         self._connections: list[Connection] = []
@@ -964,10 +1015,7 @@ class Store:
             raise StoreFull("the disk that holds the database is full")
 
     def _wal_size(self) -> int:
-        try:
-            return os.stat(f"{self._path}-wal").st_size
-        except FileNotFoundError:
-            return 0
+        return _size_of(f"{self._path}-wal")
 
     def next_blob_id(self) -> int:
         """For :class:`Upload`: an id that no blob has."""
@@ -1010,6 +1058,19 @@ class Store:
         stamp = str(time.time())
         await self._writer.write(
             lambda db: db.execute("UPDATE setting SET value = ? WHERE name = 'probe'", (stamp,))
+        )
+
+    def families(self) -> tuple[metrics.Family, ...]:
+        """Return what there is to tell of the file, of commits and of bytes that came in."""
+        return (
+            metrics.gauge("orchestrator_database_bytes", "Size of the file.", _size_of(self._path)),
+            metrics.gauge(
+                "orchestrator_wal_bytes", "Size of the write-ahead log.", self._wal_size()
+            ),
+            self._writer.batch_sizes.family(),
+            self._writer.commit_seconds.family(),
+            self.uploaded_bytes.family(),
+            self._result_bytes.family(),
         )
 
     # --- jobs
@@ -1092,7 +1153,17 @@ class Store:
             for row in rows
         ]
 
-    # --- attempts
+    async def times_of_last_jobs(self, limit: int) -> list[JobTimes]:
+        """Return the times of the jobs that ended last, oldest first."""
+        rows = await self._read(
+            """SELECT service, created_at, started_at, finished_at FROM job
+               WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')
+               ORDER BY changed_at DESC LIMIT ?""",
+            (limit,),
+        )
+        return [JobTimes(*row) for row in reversed(rows)]
+
+    # --- agents
 
     async def note_agent(self, agent_id: str, name: str) -> None:
         """Remember an agent's name and that it was here."""
@@ -1104,6 +1175,36 @@ class Store:
                 (agent_id, name, now),
             )
         )
+
+    async def drained_agents(self) -> list[KnownAgent]:
+        """Return the agents that get no jobs because an operator said so."""
+        rows = await self._read("SELECT id, name FROM agent WHERE is_drained")
+        return [KnownAgent(*row) for row in rows]
+
+    async def set_drained(self, name: str, is_drained: bool) -> list[KnownAgent]:
+        """Let the agents of this name or id get no jobs, or get them again.
+
+        Returns all of them, the one that connected last first.
+        """
+        kind = AgentChangeKind.DRAINING if is_drained else AgentChangeKind.RESUMED
+
+        def operation(db: Database) -> list[KnownAgent]:
+            rows = db.execute(
+                "SELECT id, name, is_drained FROM agent WHERE id = ?1 OR name = ?1"
+                " ORDER BY seen_at DESC",
+                (name,),
+            ).fetchall()
+            for agent_id, agent_name, was_drained in rows:
+                if bool(was_drained) is not is_drained:
+                    db.execute(
+                        "UPDATE agent SET is_drained = ? WHERE id = ?", (is_drained, agent_id)
+                    )
+                    _write_agent_change(db, agent_id, agent_name, kind)
+            return [KnownAgent(row[0], row[1]) for row in rows]
+
+        return await self._writer.write(operation)
+
+    # --- attempts
 
     async def begin_attempt(self, job_id: int, agent_id: str, reason: str) -> Assignment:
         """Give a queued job to an agent; raises :class:`IllegalTransition` if it isn't queued."""
@@ -1167,7 +1268,9 @@ class Store:
             _active_job_of_attempt(db, attempt_id)
             self._append(db, attempt_id, offset, chunks)
 
-        await self.write_bytes(operation, sum(map(len, chunks)))
+        size = sum(map(len, chunks))
+        await self.write_bytes(operation, size)
+        self._result_bytes.add(size)
 
     async def discard_result(self, attempt_id: int) -> None:
         """Forget what has arrived of an attempt's result, for a transfer that starts anew."""
@@ -1200,7 +1303,9 @@ class Store:
             _set_message(db, job.id, report.message)
             _transition(db, job, report.state, report.message or "finished")
 
-        await self.write_bytes(operation, sum(map(len, tail)))
+        size = sum(map(len, tail))
+        await self.write_bytes(operation, size)
+        self._result_bytes.add(size)
 
     async def requeue(
         self, attempt_id: int, loss: Loss, reason: str, max_attempts: int

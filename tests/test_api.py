@@ -55,7 +55,8 @@ def nothing_stored(server: Server) -> bool:
 
 
 async def test_the_simple_paths(idle: Server) -> None:
-    assert (await curl(f"{idle.url}/health")).json() == {"status": "healthy"}
+    health = await curl(f"{idle.url}/health")
+    assert (health.status, health.json()["status"]) == (200, "healthy")
     ping = await curl(f"{idle.url}/")
     assert (ping.status, b"running" in ping.body) == (200, True)
     page = await curl(f"{idle.url}/swagger-ui/")

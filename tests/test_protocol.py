@@ -70,6 +70,10 @@ def test_unknown_types_and_fields_of_a_newer_peer_are_passed_over() -> None:
     assert protocol.decode('{"type": "stored", "attempt_id": 4, "new": []}') == protocol.Stored(4)
 
 
+def test_an_agent_that_knows_no_load_beats_all_the_same() -> None:
+    assert protocol.decode('{"type":"heartbeat"}') == protocol.Heartbeat(load=None)
+
+
 @given(
     st.integers(0, 2**60 - 1),
     st.sampled_from(Stream),
