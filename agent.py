@@ -34,6 +34,7 @@ import protocol
 import runner
 from channel import Outbox, first_failure
 from config import ConfigError, LogFormat
+from launcher import Launcher
 from protocol import AttemptPhase, Stream
 
 log = logging.getLogger("orchestrator.agent")
@@ -94,6 +95,7 @@ class Agent:
         self._attempts_path = settings.workdir / "attempts"
         self._agent_id = ""
         self._instance = secrets.token_hex(8)
+        self._launcher = Launcher(settings.workdir, runner.inherited_environment(os.environ))
         self._held: dict[int, _Held] = {}
         self._outbox: Outbox | None = None
         self._heard_at = 0.0
@@ -110,6 +112,7 @@ class Agent:
         lock = await _lock(self._settings.workdir)
         try:
             self._agent_id = _identity(self._settings.workdir)
+            self._launcher.warm_up()
             async with asyncio.TaskGroup() as self._tasks:
                 for directory in await asyncio.to_thread(
                     runner.JobDirectory.find_all, self._attempts_path
@@ -126,6 +129,7 @@ class Agent:
                 )
                 await self._stay_connected()
         finally:
+            self._launcher.close()
             os.close(lock)
 
     async def drain(self) -> None:
@@ -356,7 +360,7 @@ class Agent:
         elif held.phase is AttemptPhase.ACCEPTED:
             await asyncio.to_thread(directory.accept_input)  # the machine may have gone down
         if held.phase is AttemptPhase.ACCEPTED:
-            await directory.start()
+            await directory.start(self._launcher)
             self._enter(held, AttemptPhase.RUNNING)
         if held.phase is AttemptPhase.RUNNING:
             ended = await _end_of_job(directory)

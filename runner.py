@@ -28,8 +28,6 @@ import logging
 import os
 import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,14 +36,15 @@ from typing import IO
 
 import archive
 import protocol
+from launcher import Launcher, LaunchRequest, LifeLine
 from protocol import Assign, AttemptPhase, Finished, JobState, OutputLimits
 
 log = logging.getLogger("orchestrator.runner")
 
-_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _DIRECTORY_VARIABLE = "ORCHESTRATOR_JOB_DIRECTORY"
 _KILL_PAUSE_SECONDS = 0.01
 _RECORD_BYTES = 256  # see supervisor.py
+_START_TRIES = 3
 _TRIM_BYTES = 1024 * 1024  # a smaller gap, or one that grew by less, is not worth a call
 _PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01  # fallocate(2)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -118,7 +117,7 @@ class JobDirectory:
         self.path = path
         self.assign = assign
         self._input_offset = 0
-        self._child: subprocess.Popen[bytes] | None = None
+        self._life_line: LifeLine | None = None
 
     # --- making and finding
 
@@ -228,22 +227,29 @@ class JobDirectory:
 
     # --- process
 
-    async def start(self) -> None:
+    async def start(self, launcher: Launcher) -> None:
         """Start the job under its supervisor; returns when ``run.sh`` runs.
 
         Does nothing if it was started before: of several supervisors of a directory only
-        the first one runs the job.
+        the first takes it. Raises :class:`JobLost` if there can't be one.
         """
-        receiving, sending = os.pipe()
-        try:
-            self._child = await asyncio.to_thread(self._spawn_supervisor, sending)
-        finally:
-            os.close(sending)
-        with open(receiving, "rb", buffering=0) as pipe:
-            await _readable(pipe.fileno())
-            if pipe.read(1) == b"1":
+        request = LaunchRequest(
+            self.path,
+            self._variables(),
+            self.assign.timeout_seconds,
+            self.assign.grace_seconds,
+        )
+        for _ in range(_START_TRIES):
+            if (self.path / "process").exists():
                 return
-        await _readable_pid(self._child.pid)
+            life_line = await launcher.launch(request)
+            try:
+                if await life_line.job_runs():
+                    self._life_line = life_line
+                    return
+            finally:
+                if self._life_line is not life_line:
+                    life_line.close()
         if not (self.path / "process").exists():
             raise JobLost(f"the supervisor did not start: {self._supervisor_errors()}")
 
@@ -254,11 +260,10 @@ class JobDirectory:
         vanished without an exit record (the machine went down, or its supervisor was killed).
         """
         identity = self._identity()
-        if identity.boot == _boot_id():
+        if self._life_line is not None:
+            await self._life_line.ended()
+        elif identity.boot == _boot_id():
             await _end_of(identity)
-        if self._child is not None:
-            await asyncio.to_thread(self._child.wait)
-            self._child = None
         record = self._exit_record()
         if record is not None and identity.boot != _boot_id():
             return record
@@ -298,33 +303,14 @@ class JobDirectory:
             finally:
                 os.close(descriptor)
 
-    def _spawn_supervisor(self, ready: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(self.path)]
-        command += [str(self.assign.timeout_seconds or 0), str(self.assign.grace_seconds)]
-        command.append(str(ready))
-        with open(self.path / "supervisor.log", "ab") as errors:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=(ready,),
-                env=self._environment(os.environ),
-                start_new_session=True,
-            )
-
-    def _environment(self, own: Mapping[str, str]) -> dict[str, str]:
-        passed = {
-            name: value
-            for name, value in own.items()
-            if name in _PASSED_VARIABLES or name.startswith(_PASSED_PREFIXES)
+    def _variables(self) -> dict[str, str]:
+        return {
+            "ORCHESTRATOR_JOB_ID": str(self.assign.job_id),
+            "ORCHESTRATOR_ATTEMPT": str(self.assign.number),
+            "ORCHESTRATOR_USER_ID": str(self.assign.user_id),
+            "ORCHESTRATOR_SERVICE": self.assign.service,
+            _DIRECTORY_VARIABLE: str(self.path / "job"),
         }
-        passed["ORCHESTRATOR_JOB_ID"] = str(self.assign.job_id)
-        passed["ORCHESTRATOR_ATTEMPT"] = str(self.assign.number)
-        passed["ORCHESTRATOR_USER_ID"] = str(self.assign.user_id)
-        passed["ORCHESTRATOR_SERVICE"] = self.assign.service
-        passed[_DIRECTORY_VARIABLE] = str(self.path / "job")
-        return passed
 
     def _identity(self) -> _ProcessIdentity:
         try:
@@ -433,6 +419,15 @@ class JobDirectory:
             return os.pread(archive.fileno(), protocol.CHUNK_BYTES, offset)
 
 
+def inherited_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Return what jobs may see of the agent's environment."""
+    return {
+        name: value
+        for name, value in own.items()
+        if name in _PASSED_VARIABLES or name.startswith(_PASSED_PREFIXES)
+    }
+
+
 def _check_names(assign: Assign) -> None:
     names = [file.name for file in assign.files]
     for name in names:
@@ -475,17 +470,6 @@ async def _readable(descriptor: int) -> None:
         await ready
     finally:
         loop.remove_reader(descriptor)
-
-
-async def _readable_pid(pid: int) -> None:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        await _readable(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 async def _end_of(identity: _ProcessIdentity) -> None:

@@ -1,10 +1,9 @@
 """The process that outlives the agent: parent of one job's process tree.
 
-Started by ``runner.py`` for every job, detached, as ``python -I -S supervisor.py DIR
-TIMEOUT GRACE READY_FD``. It runs ``bash run.sh`` in ``DIR/job``, waits for it, sees to
-it that nothing of the tree survives, and leaves the exit record in ``DIR/exit``. The
-agent may die and come back meanwhile. It imports little, because it is started for
-every job, and nothing of ours.
+``forkserver.py`` forks one for every job. It runs ``bash run.sh`` in ``DIR/job``, waits
+for it, sees to it that nothing of the tree survives, and leaves the exit record in
+``DIR/exit``. The agent may die and come back meanwhile. It imports little, because every
+job has a process of it, and nothing of ours.
 
 Linux only: a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) becomes the parent of every
 orphan below it, so that a double fork or setsid() does not escape.
@@ -15,46 +14,63 @@ import ctypes
 import json
 import os
 import signal
-import sys
 import time
 
+WATCHED = {signal.SIGCHLD, signal.SIGTERM}
+"""The signals that a supervisor waits for; they are blocked before it is forked."""
+
 _PR_SET_CHILD_SUBREAPER = 36
-_WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 _STORM_PAUSE = 0.002
 _RECORD_BYTES = 256  # of every record; white space after JSON is no part of it
+_PROC_FILE_BYTES = 4096  # more than proc(5) has in the files that are read here
 _FOR_EVER = 365 * 24 * 3600.0
+_CANNOT_START = 127  # the shell's exit code for a program that can't be run
+
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_inherited = dict(os.environ)
+with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as _file:
+    _boot = _file.read().strip()
 
 
-def main(arguments: list[str]) -> int:
-    """Run one job to its end; returns the process's exit status."""
-    directory, timeout, grace, ready = arguments
+def supervise(
+    directory: str,
+    variables: dict[str, str],
+    timeout: float | None,
+    grace: float,
+    life_line: int,
+) -> None:
+    """Run one job to its end.
+
+    ``variables`` are added to the environment; ``timeout`` and ``grace`` are seconds.
+    One byte on ``life_line`` tells that the job runs; that the supervisor ends, its closing.
+    """
     os.chdir(directory)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if not _claim():
-        return 3
+        return
     if os.path.exists("kill"):
         # asked for before the claim, by an agent that did not yet see this process
         _write_atomically("exit", {"kind": "killed"})
-        return 0
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        return
+    if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    job = _start_job()
-    _report_ready(int(ready))
-    deadline = time.monotonic() + float(timeout) if float(timeout) > 0 else None
-    record = _wait(job, deadline)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    job = _start_job({**_inherited, **variables})
+    with contextlib.suppress(OSError):  # the agent died meanwhile; its successor finds us
+        os.write(life_line, b"1")
+    record = _wait(job, deadline) if job else {"kind": "exited", "code": _CANNOT_START}
     if record["kind"] in ("exited", "signalled"):
         # before the rest of the tree is ended: a crash from here on must not repeat the job
         _write_atomically("exit", record)
-    _end_tree(float(grace))
+    _end_tree(grace)
     if record["kind"] in ("timeout", "killed"):
         _write_atomically("exit", record)
-    return 0
 
 
 def _claim() -> bool:
     """Be the one supervisor of this directory, for ever; link(2) decides."""
     name = f"process.{os.getpid()}"
-    identity = {"pid": os.getpid(), "start": _start_time("self"), "boot": _boot_id()}
+    identity = {"pid": os.getpid(), "start": _start_time("self"), "boot": _boot}
     _write(name, identity)
     try:
         os.link(name, "process")
@@ -66,41 +82,43 @@ def _claim() -> bool:
     return True
 
 
-def _start_job() -> int:
-    pid = os.fork()
-    if pid:
-        return pid
+def _start_job(environment: dict[str, str]) -> int | None:
+    """Start the script; returns its process id, None if that failed."""
+    output = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    own = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # a session of its own: "kill 0" in the script must not reach the supervisor
-        os.setsid()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        os.dup2(os.open("stdout.log", flags, 0o644), 1)
-        os.dup2(os.open("stderr.log", flags, 0o644), 2)
         os.chdir("job")
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
-        # Python ignores these, and an ignored signal stays ignored across exec
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
-        os.closerange(3, 256)
-        os.execvp("bash", ["bash", "run.sh"])
+        # posix_spawn(3) copies no page tables, as fork(2) would
+        return os.posix_spawnp(
+            "bash",
+            ["bash", "run.sh"],
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, "../stdout.log", output, 0o644),
+                (os.POSIX_SPAWN_OPEN, 2, "../stderr.log", output, 0o644),
+            ],
+            # a session of its own: "kill 0" in the script must not reach the supervisor
+            setsid=True,
+            setsigmask=(),
+            # Python ignores these, and an ignored signal stays ignored across exec
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+        )
     except OSError as error:
-        os.write(2, f"cannot start bash: {error}\n".encode())
+        os.fchdir(own)
+        with open("stderr.log", "a", encoding="utf-8") as file:
+            file.write(f"cannot start bash: {error}\n")
+        return None
     finally:
-        os._exit(127)
-
-
-def _report_ready(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # the agent died meanwhile; its successor finds us
-        os.write(descriptor, b"1")
-    os.close(descriptor)
+        os.fchdir(own)  # not "..": the job may have moved its directory
+        os.close(own)
 
 
 def _wait(job: int, deadline: float | None) -> dict[str, object]:
     """Wait for the job, the deadline or a request to end it, and say which it was."""
     while True:
         left = _FOR_EVER if deadline is None else max(0.0, deadline - time.monotonic())
-        received = signal.sigtimedwait(_WATCHED, left)
+        received = signal.sigtimedwait(WATCHED, left)
         if received is None and deadline is None:
             continue
         if received is None:
@@ -191,10 +209,9 @@ def _descendants() -> set[int]:
     return found
 
 
-def _stat_fields(pid: str) -> list[str]:
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        # the command name, in parentheses, may itself hold spaces and parentheses
-        return file.read().rpartition(")")[2].split()
+def _stat_fields(pid: str) -> list[bytes]:
+    # the command name, in parentheses, may itself hold spaces and parentheses
+    return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
 
 
 def _parent(pid: str) -> int:
@@ -208,19 +225,26 @@ def _start_time(pid: str) -> int:
     return int(_stat_fields(pid)[19])  # field 22 of proc(5), clock ticks since boot
 
 
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+# Not with open(): file objects and their codecs would cost each supervisor half a megabyte.
+
+
+def _read(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, _PROC_FILE_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _write(name: str, content: dict[str, object]) -> None:
     # Not truncated: the agent reserved the space of the exit record, so that it can be written
     # when the job has filled the disk.
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    with open(descriptor, "w", encoding="ascii") as file:
-        file.write(json.dumps(content).ljust(_RECORD_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, json.dumps(content).ljust(_RECORD_BYTES).encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_atomically(name: str, content: dict[str, object]) -> None:
@@ -235,7 +259,3 @@ def _sync_directory() -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "logs": {"config"},
     "metrics": set[str](),
     "supervisor": set[str](),
+    "forkserver": {"supervisor"},
+    "launcher": set[str](),
     "channel": {"protocol"},
     "events": {"protocol"},
     "database": {"metrics"},
@@ -66,8 +68,8 @@ MAY_IMPORT = {
         *("api", "api_log", "instruments", "logs", "demo"),
     },
     "archive": set[str](),
-    "runner": {"protocol", "archive"},
-    "agent": {"protocol", "channel", "runner", "config", "logs"},
+    "runner": {"protocol", "launcher", "archive"},
+    "agent": {"protocol", "channel", "runner", "launcher", "config", "logs"},
 }
 """The imports that docs/architecture.md allows."""
 

@@ -91,7 +91,7 @@ async def test_unknown_and_final_jobs_are_refused(server: Server) -> None:
 
 
 async def test_terminations_at_any_moment_end_each_job_once(server: Server) -> None:
-    jobs = [await server.upload(f"sleep 0.{number % 3}") for number in range(40)]
+    jobs = [await server.upload(f"sleep {number % 4 * 0.4}") for number in range(40)]
     answers = await asyncio.gather(*(terminate(server, job_id) for job_id in jobs for _ in (1, 2)))
     for job_id in jobs:
         status = await server.wait(job_id)
