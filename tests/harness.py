@@ -154,7 +154,7 @@ class Server:
         """Return all processes that work in the directory, jobs included."""
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            with contextlib.suppress(psutil.Error, OSError):  # a name longer than PATH_MAX, say
                 words = [*process.cmdline(), *process.environ().values(), process.cwd()]
                 if process.pid != os.getpid() and any(str(self.directory) in w for w in words):
                     found.append(process)
