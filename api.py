@@ -25,6 +25,7 @@ from api_answers import (
 )
 from api_files import FileHandlers
 from api_guard import is_loopback, refuse_strangers
+from api_jobs import JobHandlers
 from api_operations import OperationHandlers
 from api_submit import SubmitHandlers
 from config import SettingsInForce
@@ -57,6 +58,7 @@ def make_application(
     files = FileHandlers(store)
     submit = SubmitHandlers(store, dispatcher, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
+    jobs = JobHandlers(store)
     guards = [refuse_strangers(settings), demand_tokens(store)]
     application = web.Application(middlewares=[answer_errors, *guards])
     application.on_response_prepare.append(_add_security_headers)
@@ -79,6 +81,9 @@ def make_application(
     swagger.add_get("/jobs/{id}/files", files.list_files, validate=False)
     swagger.add_get("/jobs/{id}/files/{path:.+}", files.get_file, validate=False)
     swagger.add_post("/terminate/{id}", api.terminate, validate=False)
+    swagger.add_get("/jobs", jobs.find, validate=False)
+    swagger.add_get("/jobs/{id}", jobs.show, validate=False)
+    swagger.add_get("/jobs/{id}/history", jobs.history, validate=False)
     swagger.add_get("/agent", api.agent, validate=False)
     _add_missing_heads(application)
     return application

@@ -6,12 +6,14 @@ import datetime
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import hdrs, web
 
 from config import MAX_UPLOAD_BYTES
 from database import StoreError, StoreFull
 from dispatch import AlreadyFinal
+from events import Transition
 from store import InputGone, JobStatus, KeyReused, QueueFull
 
 log = logging.getLogger("orchestrator.api")
@@ -82,6 +84,20 @@ def rfc3339(at: float | None) -> str | None:
         return None
     moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def transition_body(transition: Transition) -> dict[str, Any]:
+    """Return one line of a job's history as users see it."""
+    return {
+        "id": transition.job_id,
+        "status": transition.after.value,
+        "message": transition.reason,
+        "previous": None if transition.before is None else transition.before.value,
+        "attempt": transition.attempt,
+        "user_id": transition.user_id,
+        "service": transition.service,
+        "at": rfc3339(transition.at),
+    }
 
 
 def job_id_of(request: web.Request) -> int:

@@ -156,7 +156,7 @@ async def _read_part(
                 raise BadRequest(f"{name}: is there twice")
             form.fields[name] = await _read_field(request, part, name)
             if name == "user_id":
-                form.user_id = _checked_user_id(form.fields[name])
+                form.user_id = checked_user_id(form.fields[name])
                 form.admit(form.user_id)
         case _:
             while await part.read_chunk(_READ_BYTES):
@@ -241,7 +241,8 @@ def _checked_integer(name: str, text: str) -> int:
     return int(text)
 
 
-def _checked_user_id(text: str) -> int:
+def checked_user_id(text: str) -> int:
+    """Return a user's id; raises :class:`BadRequest` for what is none."""
     user_id = _checked_integer("user_id", text)
     if not -_LARGEST_INTEGER - 1 <= user_id <= _LARGEST_INTEGER:
         raise BadRequest("user_id: does not fit into 64 bits")

@@ -306,6 +306,19 @@ def prepare_reader(db: Database) -> None:
     db.execute("PRAGMA query_only = ON")
 
 
+def in_one_snapshot(function: Callable[[Database], T]) -> Callable[[Database], T]:
+    """Let all statements of a reader's ``function`` see one and the same state."""
+
+    def read(db: Database) -> T:
+        db.execute("BEGIN")
+        try:
+            return function(db)
+        finally:
+            db.execute("ROLLBACK")
+
+    return read
+
+
 def vacuum_some(db: Database) -> bool:
     """Give some free pages back to the file system; returns whether more are left."""
     before = int(db.execute("PRAGMA freelist_count").fetchone()[0])

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "instruments": {"protocol", "events", "store", "metrics"},
     "scheduler": {"store", "config"},
     "dispatch": {"protocol", "channel", "store", "database", "scheduler", "config"},
-    "api_answers": {"protocol", "store", "database", "dispatch", "config"},
+    "api_answers": {"protocol", "events", "store", "database", "dispatch", "config"},
     "api_log": {"config", "instruments"},
     "api_operations": {
         *("protocol", "config", "store", "database", "dispatch", "metrics", "instruments"),
@@ -36,7 +36,10 @@ MAY_IMPORT = {
     "api_guard": {"config", "api_answers"},
     "api_form": {"protocol", "store", "config", "api_answers"},
     "api_connection": set[str](),
-    "api_jobs": {"protocol", "events", "store", "api_answers", "api_connection"},
+    "api_jobs": {
+        *("protocol", "events", "store"),
+        *("api_answers", "api_connection", "api_form", "api_access"),
+    },
     "zip_members": set[str](),
     "api_ranges": set[str](),
     "api_files": {
