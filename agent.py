@@ -34,6 +34,8 @@ import protocol
 import runner
 from channel import Outbox, first_failure
 from config import ConfigError, LogFormat
+from follower import Follower
+from inotify import WriteWatch
 from launcher import Launcher
 from protocol import AttemptPhase, Stream
 
@@ -44,7 +46,6 @@ _LAST_RETRY_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
 _SILENT_HEARTBEATS = 2.5
 _STOP_SECONDS = 5.0
-_TRIM_SECONDS = 1.0  # a job that writes 1 GB/s holds so much of it for so long
 _LOCK_SECONDS = 10.0
 _LOCK_PAUSE_SECONDS = 0.05
 
@@ -71,6 +72,7 @@ class _Held:
 
     directory: runner.JobDirectory
     phase: AttemptPhase
+    follower: Follower
     input: asyncio.Queue[protocol.Frame] = field(default_factory=asyncio.Queue)
     finished: protocol.Finished | None = None
     failure: protocol.Rejected | protocol.Lost | None = None
@@ -97,6 +99,7 @@ class Agent:
         self._instance = secrets.token_hex(8)
         self._launcher = Launcher(settings.workdir, runner.inherited_environment(os.environ))
         self._held: dict[int, _Held] = {}
+        self._write_watch = WriteWatch()
         self._outbox: Outbox | None = None
         self._heard_at = 0.0
         self._is_draining = False
@@ -117,7 +120,7 @@ class Agent:
                 for directory in await asyncio.to_thread(
                     runner.JobDirectory.find_all, self._attempts_path
                 ):
-                    held = _Held(directory, directory.phase())
+                    held = self._new_held(directory, directory.phase())
                     is_finished = held.phase is AttemptPhase.FINISHED
                     held.is_ending = directory.is_to_be_killed() and not is_finished
                     self._hold(held)
@@ -130,6 +133,7 @@ class Agent:
                 await self._stay_connected()
         finally:
             self._launcher.close()
+            self._write_watch.close()
             os.close(lock)
 
     async def drain(self) -> None:
@@ -184,7 +188,7 @@ class Agent:
         log.info("event=connected agent=%s server_version=%s", self._settings.name, welcome.version)
         self._retry_pause = _FIRST_RETRY_SECONDS
         self._outbox = outbox
-        self._reconcile(welcome)
+        self._reconcile(welcome, outbox)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(outbox.run(socket), name="outbox")
@@ -196,6 +200,7 @@ class Agent:
         finally:
             self._outbox = None
             for held in self._held.values():
+                held.follower.disconnect()
                 _empty(held.input)
 
     def _hello(self) -> protocol.Hello:
@@ -213,11 +218,12 @@ class Agent:
             ),
         )
 
-    def _reconcile(self, welcome: protocol.Welcome) -> None:
-        kept = {attempt.attempt_id: attempt.result_offset for attempt in welcome.keep}
+    def _reconcile(self, welcome: protocol.Welcome, outbox: Outbox) -> None:
+        all_kept = {attempt.attempt_id: attempt for attempt in welcome.keep}
         for held in list(self._held.values()):
-            if held.id in kept:
-                self._report_all(held, kept[held.id])
+            if kept := all_kept.get(held.id):
+                held.follower.connect(outbox, (kept.stdout_offset, kept.stderr_offset))
+                self._report_all(held, kept.result_offset)
             else:
                 self._drop(held.id, "the server does not want it any more")
 
@@ -248,6 +254,7 @@ class Agent:
                     self._outbox.acknowledge(message.transfer, message.offset)
             case protocol.Stored():
                 if held := self._held.get(message.attempt_id):
+                    self._close_transfers(held)
                     held.released.set()
             case protocol.Kill():
                 self._kill(message.attempt_id)
@@ -278,7 +285,14 @@ class Agent:
         if assign.attempt_id in self._held:
             return  # repeated
         path = self._attempts_path / str(assign.attempt_id)
-        self._hold(_Held(runner.JobDirectory(path, assign), AttemptPhase.RECEIVING))
+        held = self._new_held(runner.JobDirectory(path, assign), AttemptPhase.RECEIVING)
+        if self._outbox is not None:
+            held.follower.connect(self._outbox, (0, 0))
+        self._hold(held)
+
+    def _new_held(self, directory: runner.JobDirectory, phase: AttemptPhase) -> _Held:
+        attempt_id, logs = directory.assign.attempt_id, directory.logs()
+        return _Held(directory, phase, Follower(attempt_id, logs, self._write_watch))
 
     def _hold(self, held: _Held) -> None:
         self._held[held.id] = held
@@ -305,6 +319,7 @@ class Agent:
             return
         log.info("event=dropped job=%d attempt=%d reason=%r", held.job_id, attempt_id, reason)
         del self._held[attempt_id]
+        self._close_transfers(held)
         held.task.cancel()
         self._tasks.create_task(self._discard(held), name=f"discard {attempt_id}")
 
@@ -363,7 +378,7 @@ class Agent:
             await directory.start(self._launcher)
             self._enter(held, AttemptPhase.RUNNING)
         if held.phase is AttemptPhase.RUNNING:
-            ended = await _end_of_job(directory)
+            ended = await _end_of_job(held)
             held.is_ending = True  # from here on there is nothing to kill
             held.finished = await asyncio.to_thread(directory.finish, ended)
             self._enter(held, AttemptPhase.FINISHED)
@@ -408,7 +423,7 @@ class Agent:
             case AttemptPhase.RUNNING:
                 self._put(protocol.Started(held.id))
             case AttemptPhase.FINISHED:
-                self._report_result(held, 0)
+                held.follower.send_rest(lambda: self._report_result(held, 0))
 
     def _report_all(self, held: _Held, result_offset: int) -> None:
         """Tell a new connection how far an attempt is; what the server knows does no harm."""
@@ -420,7 +435,12 @@ class Agent:
         if held.phase in (AttemptPhase.RUNNING, AttemptPhase.FINISHED):
             self._put(protocol.Started(held.id))
         if held.phase is AttemptPhase.FINISHED and held.finished is not None:
-            self._report_result(held, result_offset)
+            held.follower.send_rest(lambda: self._report_result(held, result_offset))
+
+    def _close_transfers(self, held: _Held) -> None:
+        held.follower.close()
+        if self._outbox is not None:
+            self._outbox.close(protocol.transfer_id(held.id, Stream.RESULT))
 
     def _report_result(self, held: _Held, offset: int) -> None:
         if self._outbox is None or held.finished is None:
@@ -436,21 +456,13 @@ class Agent:
             self._outbox.open(transfer, source, offset, size)
 
 
-async def _end_of_job(directory: runner.JobDirectory) -> runner.Exit:
-    """Wait for the end of a job; meanwhile keep what its output takes on the disk in bounds."""
-    trimming = asyncio.create_task(_trim(directory.logs()), name="trim logs")
+async def _end_of_job(held: _Held) -> runner.Exit:
+    """Wait for the end of a job; meanwhile its output is followed."""
+    following = asyncio.create_task(held.follower.run(), name=f"follow attempt {held.id}")
     try:
-        return await directory.wait()
+        return await held.directory.wait()
     finally:
-        trimming.cancel()
-
-
-async def _trim(logs: Sequence[runner.CapturedLog]) -> None:
-    while True:
-        await asyncio.sleep(_TRIM_SECONDS)
-        for captured in logs:
-            if captured.gap() is not None:
-                await asyncio.to_thread(captured.trim)
+        following.cancel()
 
 
 class _ConnectionEnded(Exception):

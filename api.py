@@ -27,6 +27,7 @@ from api_files import FileHandlers
 from api_guard import is_loopback, refuse_strangers
 from api_jobs import JobHandlers
 from api_operations import OperationHandlers
+from api_output import OutputHandlers
 from api_submit import SubmitHandlers
 from config import SettingsInForce
 from dispatch import Dispatcher
@@ -59,6 +60,7 @@ def make_application(
     submit = SubmitHandlers(store, dispatcher, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
     jobs = JobHandlers(store)
+    output = OutputHandlers(store)
     guards = [refuse_strangers(settings), demand_tokens(store)]
     application = web.Application(middlewares=[answer_errors, *guards])
     application.on_response_prepare.append(_add_security_headers)
@@ -78,6 +80,7 @@ def make_application(
     swagger.add_post("/upload", submit.upload, validate=False, expect_handler=api_form.ask_for_body)
     swagger.add_get("/download/{id}", files.download, validate=False)
     swagger.add_post("/jobs/{id}/rerun", submit.rerun, validate=False)
+    swagger.add_get("/jobs/{id}/logs", output.logs, validate=False)
     swagger.add_get("/jobs/{id}/files", files.list_files, validate=False)
     swagger.add_get("/jobs/{id}/files/{path:.+}", files.get_file, validate=False)
     swagger.add_post("/terminate/{id}", api.terminate, validate=False)

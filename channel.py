@@ -16,7 +16,12 @@ from typing import Protocol, TypeAlias
 import protocol
 
 Source: TypeAlias = Callable[[int], Awaitable[bytes]]
-"""Returns the piece of a transfer that starts at the offset: at most one chunk, not empty."""
+"""Returns the piece of a transfer that starts at the offset: at most one chunk.
+
+Nothing, if the transfer turns out to end there.
+"""
+
+NO_GAP = range(0)
 
 
 class Socket(Protocol):
@@ -35,6 +40,16 @@ class _Sending:
     offset: int
     acknowledged: int
     end: int
+    gap: range = NO_GAP
+    on_sent: Callable[[], None] | None = None
+
+    def next_offset(self) -> int:
+        return self.gap.stop if self.offset in self.gap else self.offset
+
+    def room(self) -> int:
+        """How many bytes may stand in a frame at the next offset."""
+        is_before_gap = self.next_offset() < self.gap.start
+        return (self.gap.start if is_before_gap else self.end) - self.next_offset()
 
     def may_send(self) -> bool:
         return self.offset < self.end and self.offset - self.acknowledged < protocol.WINDOW_BYTES
@@ -58,6 +73,30 @@ class Outbox:
         """Begin to send a transfer, from ``offset`` (what is before is there) to ``end``."""
         self._sending[transfer] = _Sending(source, offset, offset, end)
         self._mark_ready(transfer)
+
+    def extend(
+        self,
+        transfer: int,
+        source: Source,
+        offset: int,
+        end: int,
+        gap: range = NO_GAP,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Have a transfer that grows go on to ``end``; like :meth:`open` if there is none.
+
+        What is in the ``gap`` is left out. ``on_sent`` is called once the last byte is sent.
+        """
+        sending = self._sending.get(transfer)
+        if sending is None:
+            sending = self._sending[transfer] = _Sending(source, offset, offset, end)
+        sending.end, sending.gap, sending.on_sent = end, gap, on_sent
+        self._mark_ready(transfer)
+
+    def position(self, transfer: int) -> int | None:
+        """Return up to where an open transfer is sent, None if there is none."""
+        sending = self._sending.get(transfer)
+        return None if sending is None else sending.offset
 
     def acknowledge(self, transfer: int, offset: int) -> None:
         """Note how far the receiver has the transfer; a late or repeated one does no harm."""
@@ -105,13 +144,19 @@ class Outbox:
         sending = self._sending[transfer]
         if not sending.may_send():
             return  # it was marked as ready while its last frame, or the window's, was read
-        offset = sending.offset
-        data = await sending.source(offset)
+        offset, room = sending.next_offset(), sending.room()
+        data = (await sending.source(offset))[:room]
         if self._sending.get(transfer) is not sending:
             return  # closed or replaced while its source was read
+        if not data:
+            sending.end = sending.offset
         sending.offset = max(sending.offset, offset + len(data))
         self._mark_ready(transfer)
-        await socket.send_bytes(protocol.encode_frame(transfer, offset, data))
+        if data:
+            await socket.send_bytes(protocol.encode_frame(transfer, offset, data))
+        if sending.offset >= sending.end and sending.on_sent is not None:
+            on_sent, sending.on_sent = sending.on_sent, None
+            on_sent()
 
 
 def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:

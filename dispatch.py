@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -29,6 +29,8 @@ from store import (
     JobStatus,
     KnownAgent,
     Loss,
+    NewOutput,
+    OutputPiece,
     QueuedJob,
     ResultMismatch,
     Store,
@@ -700,7 +702,12 @@ class _Session:
         )
         wanted = [held for held in hello.attempts if held.attempt_id in agent.attempts]
         keep = [
-            protocol.KeptAttempt(held.attempt_id, await self._store.result_size(held.attempt_id))
+            protocol.KeptAttempt(
+                held.attempt_id,
+                await self._store.result_size(held.attempt_id),
+                await self._store.output_end(held.attempt_id, Stream.STDOUT),
+                await self._store.output_end(held.attempt_id, Stream.STDERR),
+            )
             for held in wanted
         ]
         self._outbox.put(
@@ -772,13 +779,13 @@ class _Session:
 
     def _take_frame(self, frame: protocol.Frame) -> None:
         attempt_id, stream = protocol.transfer_parts(frame.transfer)
-        if stream is not Stream.RESULT:
+        if stream is Stream.INPUT:
             raise ProtocolError(f"an agent does not send {stream.name}")
-        waiting = self._inbox_bytes.get(attempt_id, 0) + len(frame.data)
+        waiting = self._inbox_bytes.get(frame.transfer, 0) + len(frame.data)
         if waiting > protocol.WINDOW_BYTES + protocol.CHUNK_BYTES:
             raise ProtocolError(f"attempt {attempt_id}: sent more than the window allows")
         self._inbox(attempt_id).put_nowait(frame)
-        self._inbox_bytes[attempt_id] = waiting
+        self._inbox_bytes[frame.transfer] = waiting
 
     def _inbox(self, attempt_id: int) -> _Inbox:
         inbox = self._inboxes.get(attempt_id)
@@ -830,8 +837,9 @@ class _Session:
         inbox: _Inbox,
     ) -> None:
         incoming: _Incoming | None = None
+        output: list[protocol.Frame] = []
         while True:
-            item = await inbox.get()
+            item = await self._next_report(attempt, inbox, output)
             match item:
                 case None:
                     return
@@ -844,12 +852,12 @@ class _Session:
                     incoming = await self._begin_result(item)
                     if incoming.offset == item.result_size:
                         # stored before, but the agent did not hear of it
-                        await self._finish(attempt, incoming, incoming.offset, [])
+                        await self._finish(attempt, incoming, incoming.offset, [], output)
                         return
                 case protocol.Frame():
                     if incoming is None:
                         raise ProtocolError(f"attempt {attempt.id}: bytes before Finished")
-                    if await self._take_result(attempt, incoming, item, inbox):
+                    if await self._take_result(attempt, incoming, item, inbox, output):
                         return
                 case protocol.Lost():
                     reason = f"agent {self._agent.name} lost it: {item.reason}"
@@ -860,6 +868,25 @@ class _Session:
                     await self._reject(attempt, item.reason)
                     return
 
+    async def _next_report(
+        self, attempt: _Attempt, inbox: _Inbox, output: list[protocol.Frame]
+    ) -> protocol.AttemptReport | protocol.Frame | None:
+        """Return what comes next that is not output; that is stored when nothing else waits.
+
+        What is left in ``output`` came just before: it is to be stored with what is returned.
+        """
+        while True:
+            if output and inbox.empty():
+                await self._store_output(attempt, output)
+                output.clear()
+            item = await inbox.get()
+            if isinstance(item, protocol.Frame) and _is_output(item):
+                output.append(item)
+                continue
+            if item is None and output:
+                await self._store_output(attempt, output)
+            return item
+
     async def _reject(self, attempt: _Attempt, reason: str) -> None:
         await self._dispatcher.durably(lambda: self._store.reject(attempt.id, reason))
         self._outbox.put(protocol.Drop(attempt.id, "rejected"))
@@ -868,7 +895,8 @@ class _Session:
     def _close_inbox(self, attempt_id: int) -> None:
         self._outbox.close(protocol.transfer_id(attempt_id, Stream.INPUT))
         self._inboxes.pop(attempt_id, None)
-        self._inbox_bytes.pop(attempt_id, None)
+        for stream in Stream:
+            self._inbox_bytes.pop(protocol.transfer_id(attempt_id, stream), None)
 
     async def _advance(self, attempt: _Attempt, state: protocol.JobState, reason: str) -> None:
         if protocol.ACTIVE_STATES.index(attempt.state) >= protocol.ACTIVE_STATES.index(state):
@@ -924,13 +952,14 @@ class _Session:
         incoming: _Incoming,
         first: protocol.Frame,
         inbox: _Inbox,
+        output: Sequence[protocol.Frame],
     ) -> bool:
         """Store the frames that are there; returns whether the result is whole and stored."""
         start = incoming.offset
         chunks: list[bytes] = []
         frame: protocol.Frame = first
         while True:
-            self._inbox_bytes[attempt.id] -= len(frame.data)
+            self._inbox_bytes[frame.transfer] -= len(frame.data)
             _append_frame(incoming, frame, chunks)
             if inbox.empty():
                 break
@@ -938,11 +967,11 @@ class _Session:
             if item is None:
                 inbox.put_nowait(None)  # for the caller, after what is here
                 break
-            if not isinstance(item, protocol.Frame):
+            if not isinstance(item, protocol.Frame) or _is_output(item):
                 raise ProtocolError(f"attempt {attempt.id}: {type(item).__name__} within a result")
             frame = item
         if incoming.offset == incoming.report.result_size:
-            await self._finish(attempt, incoming, start, chunks)
+            await self._finish(attempt, incoming, start, chunks, output)
             return True
         if chunks:
             await self._dispatcher.durably(
@@ -952,16 +981,44 @@ class _Session:
         self._outbox.put(protocol.Acknowledge(transfer, incoming.offset))
         return False
 
+    async def _store_output(self, attempt: _Attempt, frames: Sequence[protocol.Frame]) -> None:
+        """Store what was written since the last time, and open the window again."""
+        new = self._new_output(frames)
+        await self._dispatcher.durably(lambda: self._store.append_output(attempt.id, new))
+        ends: dict[int, int] = {}
+        for frame in frames:
+            self._inbox_bytes[frame.transfer] -= len(frame.data)
+            ends[frame.transfer] = frame.offset + len(frame.data)
+        for transfer, end in ends.items():
+            self._outbox.put(protocol.Acknowledge(transfer, end))
+
+    def _new_output(self, frames: Sequence[protocol.Frame]) -> NewOutput:
+        pieces = tuple(
+            OutputPiece(protocol.transfer_parts(frame.transfer)[1], frame.offset, frame.data)
+            for frame in frames
+        )
+        return NewOutput(pieces, self._dispatcher.settings.max_log_bytes)
+
     async def _finish(
-        self, attempt: _Attempt, incoming: _Incoming, start: int, tail: list[bytes]
+        self,
+        attempt: _Attempt,
+        incoming: _Incoming,
+        start: int,
+        tail: list[bytes],
+        output: Sequence[protocol.Frame],
     ) -> None:
         report = incoming.report
         if incoming.digest.hexdigest() != report.result_sha256:
             await self._dispatcher.durably(lambda: self._store.discard_result(attempt.id))
             raise ResultMismatch(f"attempt {attempt.id}: the result has another SHA-256")
-        await self._dispatcher.durably(lambda: self._store.finish(report, start, tail))
+        new = self._new_output(output)
+        await self._dispatcher.durably(lambda: self._store.finish(report, start, tail, new))
         self._outbox.put(protocol.Stored(attempt.id))
         self._end(attempt, report.state)
+
+
+def _is_output(frame: protocol.Frame) -> bool:
+    return protocol.transfer_parts(frame.transfer)[1] in protocol.OUTPUT_STREAMS
 
 
 def _append_frame(incoming: _Incoming, frame: protocol.Frame, chunks: list[bytes]) -> None:

@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from itertools import chain
+from typing import Generic, TypeAlias, TypeVar
 
-from protocol import JobState
+from protocol import JobState, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,23 @@ class AgentChange:
     kind: AgentChangeKind
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A piece of what an attempt of a job wrote: ``data`` stands at ``start`` of its stream.
+
+    ``attempt`` is the number within the job.
+    """
+
+    job_id: int
+    attempt: int
+    stream: Stream
+    start: int
+    data: bytes
+
+
 Event: TypeAlias = Transition | AgentChange
+
+E = TypeVar("E")
 
 
 class Lagged(Exception):
@@ -70,17 +87,15 @@ class FeedClosed(Exception):
     """The server is stopping: nothing more will be told."""
 
 
-class Subscription:
-    """What one subscriber has not taken yet, in order and bounded."""
-
+class _Subscription(Generic[E]):
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._waiting: deque[Event] = deque()
+        self._waiting: deque[E] = deque()
         self._has_lagged = False
         self._is_closed = False
         self._wake = asyncio.Event()
 
-    def add(self, event: Event) -> None:
+    def add(self, event: E) -> None:
         """For :class:`Feed`: one more event, or the end if there are too many."""
         if len(self._waiting) >= self._limit:
             self._has_lagged = True
@@ -93,7 +108,7 @@ class Subscription:
         self._is_closed = True
         self._wake.set()
 
-    async def next(self) -> Event:
+    async def next(self) -> E:
         """Wait for the next event.
 
         Raises :class:`Lagged` once events were lost, :class:`FeedClosed` after the last one.
@@ -101,7 +116,7 @@ class Subscription:
         await self._wait()
         return self._waiting.popleft()
 
-    async def next_all(self) -> list[Event]:
+    async def next_all(self) -> list[E]:
         """Wait until there is an event and take all that are there; raises as :meth:`next`."""
         await self._wait()
         events = list(self._waiting)
@@ -118,25 +133,38 @@ class Subscription:
             await self._wake.wait()
 
 
+class Subscription(_Subscription[Event]):
+    """What one subscriber has not taken yet, in order and bounded."""
+
+
+class OutputSubscription(_Subscription[Output | Transition]):
+    """What a follower of one stream of a job has not taken yet, in order and bounded."""
+
+
 class Feed:
     """Passes on what happens to those who subscribed; costs nothing for those who did not."""
 
     def __init__(self) -> None:
         self._of_all: set[Subscription] = set()
-        self._of_jobs: dict[int, set[Subscription]] = {}
+        self._of_jobs: dict[int, set[Subscription | OutputSubscription]] = {}
+        self._of_output: dict[tuple[int, Stream], set[OutputSubscription]] = {}
         self._followers: list[Callable[[Event], None]] = []
         self._is_closed = False
 
-    def publish(self, events: Sequence[Event]) -> None:
+    def publish(self, events: Sequence[Event | Output]) -> None:
         """Tell the subscribers what has been committed, in its order."""
         for event in events:
+            if isinstance(event, Output):
+                for reader in self._of_output.get((event.job_id, event.stream), ()):
+                    reader.add(event)
+                continue
             for follower in self._followers:
                 follower(event)
             for subscription in self._of_all:
                 subscription.add(event)
-            if isinstance(event, Transition) and event.job_id in self._of_jobs:
-                for subscription in self._of_jobs[event.job_id]:
-                    subscription.add(event)
+            if isinstance(event, Transition):
+                for waiting in self._of_jobs.get(event.job_id, ()):
+                    waiting.add(event)
 
     def follow(self, follower: Callable[[Event], None]) -> None:
         """Call ``follower`` with every event from now on.
@@ -149,9 +177,10 @@ class Feed:
     def close(self) -> None:
         """End all subscriptions, present and future: the server is stopping."""
         self._is_closed = True
-        for subscriptions in (self._of_all, *self._of_jobs.values()):
-            for subscription in subscriptions:
-                subscription.close()
+        for subscription in self._of_all:
+            subscription.close()
+        for waiting in chain.from_iterable(self._of_jobs.values()):
+            waiting.close()
 
     @contextmanager
     def all_events(self, limit: int) -> Iterator[Subscription]:
@@ -167,16 +196,38 @@ class Feed:
     def transitions_of(self, job_id: int, limit: int) -> Iterator[Subscription]:
         """Subscribe to one job; a subscriber that is ``limit`` events behind has lagged."""
         subscription = self._new_subscription(limit)
-        self._of_jobs.setdefault(job_id, set()).add(subscription)
-        try:
+        with _member(self._of_jobs, job_id, subscription):
             yield subscription
-        finally:
-            self._of_jobs[job_id].discard(subscription)
-            if not self._of_jobs[job_id]:
-                del self._of_jobs[job_id]
+
+    @contextmanager
+    def output_of(self, job_id: int, stream: Stream, limit: int) -> Iterator[OutputSubscription]:
+        """Subscribe to what a job writes and to its transitions, in the order of both."""
+        subscription = OutputSubscription(limit)
+        if self._is_closed:
+            subscription.close()
+        with (
+            _member(self._of_jobs, job_id, subscription),
+            _member(self._of_output, (job_id, stream), subscription),
+        ):
+            yield subscription
 
     def _new_subscription(self, limit: int) -> Subscription:
         subscription = Subscription(limit)
         if self._is_closed:
             subscription.close()
         return subscription
+
+
+K = TypeVar("K")
+S = TypeVar("S")
+
+
+@contextmanager
+def _member(groups: dict[K, set[S]], key: K, member: S) -> Iterator[None]:
+    groups.setdefault(key, set()).add(member)
+    try:
+        yield
+    finally:
+        groups[key].discard(member)
+        if not groups[key]:
+            del groups[key]

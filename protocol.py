@@ -149,10 +149,12 @@ class HeldAttempt:
 
 @dataclass(frozen=True, slots=True)
 class KeptAttempt:
-    """The server wants this attempt to go on; it has the result up to ``result_offset``."""
+    """The server wants this attempt to go on, and has its result and output up to the offsets."""
 
     attempt_id: int
     result_offset: int
+    stdout_offset: int
+    stderr_offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,6 +479,26 @@ class Stream(enum.IntEnum):
 
     INPUT = 0
     RESULT = 1
+    STDOUT = 2
+    STDERR = 3
+    STDOUT_LIVE = 5
+    STDERR_LIVE = 6
+
+
+LIVE_STREAMS: Mapping[Stream, Stream] = {
+    Stream.STDOUT: Stream.STDOUT_LIVE,
+    Stream.STDERR: Stream.STDERR_LIVE,
+}
+"""The two streams of a job's output, each with the one that carries the latest of it.
+
+Offsets are those of what the process wrote; gaps are allowed. Of an output that is longer
+than the limit STDOUT and STDERR carry the first half of the limit while the job runs, and the
+last half at its end, before Finished. What the job writes between goes, as far as there is
+room, with the live stream, and counts only until the end.
+"""
+
+OUTPUT_STREAMS = frozenset({*LIVE_STREAMS, *LIVE_STREAMS.values()})
+"""All streams that carry output."""
 
 
 _STREAM_BITS = 3

@@ -567,6 +567,12 @@ class CapturedLog:
             file.seek(left_out, os.SEEK_CUR)
             yield from archive.read_pieces(file, self.limit - self.limit // 2)
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Return up to ``size`` bytes from ``offset`` on; nothing if they can't be had."""
+        with suppress(OSError), self._open(os.O_RDONLY) as file:
+            return os.pread(file.fileno(), size, offset)
+        return b""
+
     def status(self) -> os.stat_result | None:
         """Return the state of the file, None if there is none or if it is no file any more."""
         with suppress(OSError):

@@ -50,15 +50,17 @@ from database import (
     translated,
     vacuum_some,
 )
-from events import AgentChange, AgentChangeKind, Feed, Transition
+from events import AgentChange, AgentChangeKind, Feed, Output, Transition
 from protocol import (
     ACTIVE_STATES,
     CHUNK_BYTES,
     FINAL_STATES,
+    LIVE_STREAMS,
     TRANSITIONS,
     FileSpec,
     Finished,
     JobState,
+    Stream,
 )
 
 log = logging.getLogger("orchestrator.store")
@@ -71,6 +73,10 @@ _PAGE_BYTES = 8192
 _READERS = 3
 _FLUSH_BYTES = 1024 * 1024
 _ERASE_CHUNKS = 16
+_OUTPUT_ROW_BYTES = 64 * 1024
+_OUTPUT_GROWING_BYTES = 8 * 1024  # a row grows to about a page, which is written as a whole anyway
+_OUTPUT_ROWS = 8
+_LIVE_BYTES = 1024 * 1024
 _CLEAN_JOBS = 100
 _FORGET_KEYS = 1000
 _KEY_SECONDS = 24 * 3600.0
@@ -222,6 +228,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             data BLOB NOT NULL,
             PRIMARY KEY (attempt_id, stream, start)
         )""",
+        # its output waits to be erased
+        "ALTER TABLE attempt ADD COLUMN is_output_doomed INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX attempt_output_doomed ON attempt (id) WHERE is_output_doomed = 1",
         "ALTER TABLE agent ADD COLUMN is_drained INTEGER NOT NULL DEFAULT 0",
         """CREATE TABLE agent_history (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -457,6 +466,45 @@ class JobDetails:
     attempts: tuple[AttemptRecord, ...]
     files: tuple[FileSpec, ...]
     result: StoredResult | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPiece:
+    """Bytes that stand at ``start`` in what a process wrote to a stream."""
+
+    stream: Stream
+    start: int
+    data: bytes
+
+    def after(self, position: int) -> OutputPiece:
+        """Return what of it lies at or after a position."""
+        skipped = min(max(0, position - self.start), len(self.data))
+        return OutputPiece(self.stream, self.start + skipped, self.data[skipped:])
+
+
+@dataclass(frozen=True, slots=True)
+class NewOutput:
+    """Output to be added; of a stream with more than ``limit`` bytes the middle is not kept."""
+
+    pieces: tuple[OutputPiece, ...]
+    limit: int
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        return sum(len(piece.data) for piece in self.pieces)
+
+
+NO_OUTPUT = NewOutput((), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A job as the source of output: state, present attempt (None: none) and its number."""
+
+    state: JobState
+    attempt_id: int | None
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -717,6 +765,73 @@ def _drop_partial_result(db: Database, attempt_id: int) -> None:
     db.execute("UPDATE attempt SET result_blob = NULL WHERE id = ?", (attempt_id,))
 
 
+def _doom_output(db: Database, job_id: int) -> None:
+    """Have the output of all attempts of a job erased."""
+    db.execute(
+        "UPDATE attempt SET is_output_doomed = 1 WHERE job_id = ?"
+        " AND EXISTS (SELECT 1 FROM output WHERE attempt_id = attempt.id)",
+        (job_id,),
+    )
+
+
+def _add_output(db: Database, job: _Job, attempt_id: int, output: NewOutput) -> None:
+    for piece in output.pieces:
+        _add_piece(db, attempt_id, piece, output.limit)
+        # a follower cuts off what it has, as is done here
+        stream = _STREAM_OF_LIVE.get(piece.stream, piece.stream)
+        db.announce(Output(job.id, job.attempts, stream, piece.start, piece.data))
+
+
+_STREAM_OF_LIVE = {live: stream for stream, live in LIVE_STREAMS.items()}
+
+
+def _add_piece(db: Database, attempt_id: int, piece: OutputPiece, limit: int) -> None:
+    row = db.execute(
+        "SELECT start, length(data) FROM output WHERE attempt_id = ? AND stream = ?"
+        " ORDER BY start DESC LIMIT 1",
+        (attempt_id, piece.stream),
+    ).fetchone()
+    last_start, last_length = row or (0, 0)
+    end = last_start + last_length
+    data = piece.data[max(0, end - piece.start) :]  # without what is repeated
+    start = piece.start + len(piece.data) - len(data)
+    if row and start == end and last_length + len(data) <= _OUTPUT_GROWING_BYTES:
+        key = (attempt_id, piece.stream, last_start)
+        data = _take_row(db, key) + data
+        start = last_start
+    # what stands before the half is never removed
+    half = 0 if piece.stream in _STREAM_OF_LIVE else limit // 2
+    kept = min(_LIVE_BYTES, limit) if piece.stream in _STREAM_OF_LIVE else limit - half
+    while data:
+        # no row on both sides of the half
+        length = min(_OUTPUT_ROW_BYTES, half - start if start < half else len(data))
+        db.execute(
+            "INSERT INTO output (attempt_id, stream, start, data) VALUES (?, ?, ?, ?)",
+            (attempt_id, piece.stream, start, data[:length]),
+        )
+        data, start = data[length:], start + length
+    db.execute(
+        "DELETE FROM output WHERE attempt_id = ? AND stream = ?"
+        " AND start >= ? AND start + length(data) <= ?",
+        (attempt_id, piece.stream, half, start - kept),
+    )
+
+
+def _drop_live_output(db: Database, attempt_id: int) -> None:
+    db.executemany(
+        "DELETE FROM output WHERE attempt_id = ? AND stream = ?",
+        ((attempt_id, stream) for stream in _STREAM_OF_LIVE),
+    )
+
+
+def _take_row(db: Database, key: tuple[int, int, int]) -> bytes:
+    row = db.execute(
+        "SELECT data FROM output WHERE attempt_id = ? AND stream = ? AND start = ?", key
+    ).fetchone()
+    db.execute("DELETE FROM output WHERE attempt_id = ? AND stream = ? AND start = ?", key)
+    return cast(bytes, row[0])
+
+
 def _doom_files_of(db: Database, job_id: int) -> None:
     # a rerun shares the input of its job
     db.execute(
@@ -732,6 +847,7 @@ def _doom_files_of(db: Database, job_id: int) -> None:
         (job_id,),
     )
     db.execute("UPDATE attempt SET result_blob = NULL WHERE job_id = ?", (job_id,))
+    _doom_output(db, job_id)
 
 
 # --- uploads ----------------------------------------------------------------------
@@ -1392,8 +1508,14 @@ class Store:
         await self._writer.write(operation)
         self._erase_wake.set()
 
-    async def finish(self, report: Finished, offset: int, tail: Sequence[bytes]) -> None:
-        """End a job with its result, whole, in one transaction.
+    async def finish(
+        self,
+        report: Finished,
+        offset: int,
+        tail: Sequence[bytes],
+        output: NewOutput = NO_OUTPUT,
+    ) -> None:
+        """End a job with its result, whole, and the last of its output in one transaction.
 
         ``tail`` are the last chunks, from ``offset`` on. A repeated call for a job that this
         very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
@@ -1404,6 +1526,8 @@ class Store:
             job = _job_of_attempt(db, report.attempt_id)
             if job.state not in ACTIVE_STATES:
                 return
+            _add_output(db, job, report.attempt_id, output)
+            _drop_live_output(db, report.attempt_id)
             self._append(db, report.attempt_id, offset, tail)
             _seal_result(db, report)
             db.execute(
@@ -1414,8 +1538,61 @@ class Store:
             _transition(db, job, report.state, report.message or "finished")
 
         size = sum(map(len, tail))
-        await self.write_bytes(operation, size)
+        await self.write_bytes(operation, size + output.size)
         self._result_bytes.add(size)
+
+    async def append_output(self, attempt_id: int, output: NewOutput) -> None:
+        """Add to what is kept of an attempt's output, and tell its followers.
+
+        What is there already is passed over. Raises :class:`Superseded` if the attempt no
+        longer counts.
+        """
+
+        def operation(db: Database) -> None:
+            job = _active_job_of_attempt(db, attempt_id)
+            _add_output(db, job, attempt_id, output)
+
+        await self.write_bytes(operation, output.size)
+
+    async def output_end(self, attempt_id: int, stream: Stream) -> int:
+        """Return up to where a stream of an attempt is stored."""
+        rows = await self._read(
+            "SELECT start + length(data) FROM output WHERE attempt_id = ? AND stream = ?"
+            " ORDER BY start DESC LIMIT 1",
+            (attempt_id, stream),
+        )
+        return int(rows[0][0]) if rows else 0
+
+    async def latest_output_end(self, attempt_id: int, stream: Stream) -> int:
+        """Return up to where a stream of an attempt is there, the latest of it included."""
+        stored = await self.output_end(attempt_id, stream)
+        return max(stored, await self.output_end(attempt_id, LIVE_STREAMS[stream]))
+
+    async def read_output(self, attempt_id: int, stream: Stream, start: int) -> list[OutputPiece]:
+        """Return the next pieces that are kept of a stream, from ``start`` on; none at its end."""
+        # what is stored for good first: at the end of a job it takes the place of the other
+        return await self._read_pieces(attempt_id, stream, start) or await self._read_pieces(
+            attempt_id, LIVE_STREAMS[stream], start
+        )
+
+    async def _read_pieces(self, attempt_id: int, stream: Stream, start: int) -> list[OutputPiece]:
+        rows = await self._read(
+            "SELECT start, data FROM output WHERE attempt_id = ?1 AND stream = ?2"
+            " AND start >= coalesce((SELECT max(start) FROM output"
+            "  WHERE attempt_id = ?1 AND stream = ?2 AND start <= ?3), 0)"
+            " ORDER BY start LIMIT ?4",
+            (attempt_id, stream, start, _OUTPUT_ROWS),
+        )
+        pieces = (OutputPiece(stream, row[0], row[1]) for row in rows)
+        cut = (piece.after(start) for piece in pieces)
+        return [piece for piece in cut if piece.data]
+
+    async def writing(self, job_id: int) -> Writing | None:
+        """Return a job as the source of output, None if there is no such job."""
+        rows = await self._read(
+            "SELECT state, attempt_id, attempts FROM job WHERE id = ?", (job_id,)
+        )
+        return Writing(JobState(rows[0][0]), *rows[0][1:]) if rows else None
 
     async def requeue(
         self, attempt_id: int, loss: Loss, reason: str, max_attempts: int
@@ -1440,6 +1617,7 @@ class Store:
                 "UPDATE job SET attempt_id = NULL, lost_starts = ?, message = ? WHERE id = ?",
                 (lost_starts, f"{reason}; queued again", job.id),
             )
+            _doom_output(db, job.id)
             _transition(db, job, JobState.QUEUED, reason)
             return JobState.QUEUED
 
@@ -1629,6 +1807,8 @@ class Store:
         erased = 0
         while await self._writer.write(self._erase_some, 1):
             erased += 1
+        while await self._writer.write(_erase_some_output, 1):
+            erased += 1
         if erased or self._may_have_free_pages:
             while await self._writer.write(vacuum_some, 1):
                 pass
@@ -1651,6 +1831,20 @@ class Store:
         if erased < _ERASE_CHUNKS:
             db.execute("DELETE FROM blob WHERE id = ?", (blob_id,))
         return True
+
+
+def _erase_some_output(db: Database) -> bool:
+    """Erase a few rows of one attempt's doomed output; returns whether there was any."""
+    row = db.execute("SELECT id FROM attempt WHERE is_output_doomed = 1 LIMIT 1").fetchone()
+    if row is None:
+        return False
+    erased = db.execute(
+        "DELETE FROM output WHERE rowid IN (SELECT rowid FROM output WHERE attempt_id = ? LIMIT ?)",
+        (row[0], _ERASE_CHUNKS),
+    ).rowcount
+    if erased < _ERASE_CHUNKS:
+        db.execute("UPDATE attempt SET is_output_doomed = 0 WHERE id = ?", row)
+    return True
 
 
 _QUEUE_POSITION = """

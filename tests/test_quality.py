@@ -51,19 +51,11 @@ MAY_IMPORT = {
         *("protocol", "store", "dispatch", "config"),
         *("api_answers", "api_access", "api_form"),
     },
+    "api_output": {"protocol", "events", "store", "api_answers", "api_connection"},
     "api": {
         *("protocol", "store", "database", "dispatch", "config"),
-        *(
-            "api_answers",
-            "api_guard",
-            "api_access",
-            "api_form",
-            "api_submit",
-            "api_jobs",
-            "api_files",
-            "api_operations",
-        ),
-        "instruments",
+        *("api_answers", "api_guard", "api_access", "api_form", "api_submit"),
+        *("api_jobs", "api_files", "api_output", "api_operations", "instruments"),
     },
     "demo": {"api"},
     "orchestrator": {
@@ -72,7 +64,12 @@ MAY_IMPORT = {
     },
     "archive": set[str](),
     "runner": {"protocol", "launcher", "archive"},
-    "agent": {"protocol", "channel", "runner", "launcher", "config", "logs"},
+    "inotify": set[str](),
+    "follower": {"protocol", "channel", "inotify", "runner"},
+    "agent": {
+        *("protocol", "channel", "runner", "launcher", "follower", "inotify"),
+        *("config", "logs"),
+    },
 }
 """The imports that docs/architecture.md allows."""
 
