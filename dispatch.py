@@ -255,9 +255,8 @@ class Dispatcher:
         found = [self._agents.setdefault(k.id, _Agent(k.id, k.name)) for k in known]
         for agent in found:
             agent.is_drained = is_drained
-            log.info(
-                "event=agent_drained agent=%s id=%s drained=%s", agent.name, agent.id, is_drained
-            )
+            event = "agent_drained" if is_drained else "agent_resumed"
+            log.info("event=%s agent=%s id=%s", event, agent.name, agent.id)
         statuses = [agent.status() for agent in found]
         for agent in found:
             self._forget_if_gone(agent)

@@ -97,14 +97,14 @@ class HttpInstruments:
         )
         self._sent = Counter(
             "orchestrator_http_response_bytes_total",
-            "Bytes of the bodies of answers; downloads are those of /download/{id}.",
+            "Bytes of answers, their headers included; /download/{id} has the downloads.",
             ("path",),
         )
 
-    def note(self, method: str, path: str, status: int, body_bytes: int) -> None:
+    def note(self, method: str, path: str, status: int, sent_bytes: int) -> None:
         """Count an answered request."""
         self._requests.add(1, method, path, str(status))
-        self._sent.add(body_bytes, path)
+        self._sent.add(sent_bytes, path)
 
     def families(self) -> tuple[Family, ...]:
         """Return what there is to tell."""
