@@ -57,7 +57,7 @@ def make_application(
     """
     api = _Api(store, dispatcher, settings, agent_token)
     files = FileHandlers(store)
-    submit = SubmitHandlers(store, dispatcher, settings)
+    submit = SubmitHandlers(store, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
     jobs = JobHandlers(store)
     output = OutputHandlers(store)

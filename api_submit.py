@@ -22,7 +22,6 @@ from api_answers import (
     job_id_of,
 )
 from config import MAX_UPLOAD_BYTES, SettingsInForce
-from dispatch import Dispatcher
 from protocol import JobState
 from store import JobRequest, JobStatus, Store, Submission, Upload
 
@@ -67,9 +66,8 @@ class OpenUploads:
 class SubmitHandlers:
     """The handlers that make jobs."""
 
-    def __init__(self, store: Store, dispatcher: Dispatcher, settings: SettingsInForce) -> None:
+    def __init__(self, store: Store, settings: SettingsInForce) -> None:
         self._store = store
-        self._dispatcher = dispatcher
         self._settings = settings
         self._open_uploads = OpenUploads(settings)
 
@@ -119,6 +117,5 @@ class SubmitHandlers:
         if submission.is_repeated:
             log.info("event=upload_repeated job=%d user=%d", job.id, job.user_id)
         else:
-            self._dispatcher.enqueue(job)
             log.info("event=uploaded job=%d user=%d service=%s", job.id, job.user_id, job.service)
         return job_answer(JobStatus(job.id, JobState.QUEUED, message), status=201)

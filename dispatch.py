@@ -20,14 +20,16 @@ import protocol
 from channel import Outbox, Socket, first_failure
 from config import ServiceLimits, Settings, SettingsInForce
 from database import StoreFull, StoreUnavailable
+from events import Event, Transition
 from protocol import ProtocolError, Stream
-from scheduler import Counts, FairQueue
+from scheduler import Counts, FairQueue, FreeSlots
 from store import (
     ActiveJob,
     Assignment,
     IllegalTransition,
     JobStatus,
     KnownAgent,
+    Line,
     Loss,
     NewOutput,
     OutputPiece,
@@ -49,6 +51,7 @@ _KILL_SECONDS = 30.0  # for what a killed job left to be archived and sent
 _SETTLE_SECONDS = 0.05
 _FINISH_SECONDS = 2.0
 _STORE_RETRY_SECONDS = 1.0
+_TERMINATED = "Job terminated"
 _SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals is dead
 
 
@@ -128,9 +131,6 @@ class _Agent:
     def load(self) -> float:
         return (self.reserved + len(self.attempts)) / self.slots
 
-    def offers(self, service: str) -> bool:
-        return self.services is None or service in self.services
-
     def status(self) -> AgentStatus:
         now = asyncio.get_running_loop().time()
         session = self.session
@@ -170,10 +170,11 @@ class Dispatcher:
         self.store = store
         self._settings = settings
         self._queue = FairQueue(settings.current.services)
+        self._free_slots = FreeSlots()
         self._agents: dict[str, _Agent] = {}
+        self._held: dict[int, tuple[_Agent, _Attempt]] = {}  # by job id
         self._wake = asyncio.Event()
         self._sessions: set[_Session] = set()
-        self._assigning: dict[int, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup
         self._is_loaded = asyncio.Event()
         settings.on_change(self._apply_limits)
@@ -200,13 +201,8 @@ class Dispatcher:
         await asyncio.gather(*(session.close("server is stopping") for session in sessions))
 
     async def wait_loaded(self) -> None:
-        """Wait until :meth:`run` has read the state; jobs may be enqueued only then."""
+        """Wait until :meth:`run` has read the state; no job may change before."""
         await self._is_loaded.wait()
-
-    def enqueue(self, job: QueuedJob) -> None:
-        """Put a committed job in line."""
-        self._queue.add(job)
-        self._wake.set()
 
     async def serve_agent(self, socket: AgentSocket, address: str) -> None:
         """Talk to one agent until its connection ends."""
@@ -255,12 +251,12 @@ class Dispatcher:
         found = [self._agents.setdefault(k.id, _Agent(k.id, k.name)) for k in known]
         for agent in found:
             agent.is_drained = is_drained
+            self.note_slots(agent)
             event = "agent_drained" if is_drained else "agent_resumed"
             log.info("event=%s agent=%s id=%s", event, agent.name, agent.id)
         statuses = [agent.status() for agent in found]
         for agent in found:
             self._forget_if_gone(agent)
-        self._wake.set()
         return sorted(statuses, key=lambda status: not status.is_connected)
 
     # --- scheduling
@@ -271,62 +267,59 @@ class Dispatcher:
 
     async def _load(self) -> None:
         for active in await self.store.active_jobs():
-            self._queue.count_active(active.job)
+            self._queue.count(active.job.line, waiting=0, active=1)
             agent = self._agents.setdefault(
                 active.agent_id, _Agent(active.agent_id, active.agent_name)
             )
-            agent.attempts[active.attempt_id] = _attempt_of(active)
+            self._hold(agent, _attempt_of(active))
         for known in await self.store.drained_agents():
             agent = self._agents.setdefault(known.id, _Agent(known.id, known.name))
             agent.is_drained = True
-        for job in await self.store.queued_jobs():
-            self._queue.add(job)
+        for line, waiting in (await self.store.queued_lines()).items():
+            self._queue.count(line, waiting, active=0)
+        self.store.feed.follow(self._follow)
         for agent in self._agents.values():
             if agent.attempts:
                 self._start_lease(agent)
         log.info("event=dispatcher_ready agents_awaited=%d", len(self._agents))
 
+    def _follow(self, event: Event) -> None:
+        if isinstance(event, Transition):
+            self._queue.follow(event)
+            if event.after not in protocol.ACTIVE_STATES:
+                self._wake.set()
+
     def _schedule(self) -> None:
-        while (offered := self._offered()) != frozenset():
-            job = self._queue.next_for(offered)
-            if job is None:
-                return
-            agent = min(
-                (a for a in self._agents.values() if a.free_slots() > 0 and a.offers(job.service)),
-                key=_Agent.load,
-            )
+        while (line := self._queue.next_for(self._free_slots.offer)) is not None:
+            agent = self._agents[self._free_slots.least_loaded(line.service)]
             agent.reserved += 1
-            task = self._tasks.create_task(self._assign(job, agent), name=f"assign job {job.id}")
-            self._assigning[job.id] = task
+            self.note_slots(agent)
+            self._tasks.create_task(self._assign(line, agent), name=f"assign to {agent.name}")
 
-    def _offered(self) -> frozenset[str] | None:
-        """Return the services that agents with a free slot offer; None for all."""
-        free = [agent for agent in self._agents.values() if agent.free_slots() > 0]
-        offered: set[str] = set()
-        for agent in free:
-            if agent.services is None:
-                return None
-            offered |= agent.services
-        return frozenset(offered)
+    async def _assign(self, line: Line, agent: _Agent) -> None:
+        assignment = await self._begin_next(line, agent)
+        agent.reserved -= 1
+        if assignment is None:
+            self._queue.take_back(line)
+        else:
+            self._deliver(assignment, agent)
+        self.note_slots(agent)
+        self._forget_if_gone(agent)
 
-    async def _assign(self, job: QueuedJob, agent: _Agent) -> None:
+    async def _begin_next(self, line: Line, agent: _Agent) -> Assignment | None:
         try:
-            assignment = await self.store.begin_attempt(job.id, agent.id, f"to agent {agent.name}")
+            return await self.store.begin_next(line, agent.id, f"to agent {agent.name}")
         except (StoreFull, StoreUnavailable) as error:
-            log.warning("event=assign_failed job=%d error=%r", job.id, str(error))
+            log.warning("event=assign_failed agent=%s error=%r", agent.name, str(error))
             await asyncio.sleep(_STORE_RETRY_SECONDS)
-            self._queue.release(job)
-            self._queue.add(job)
-            return
-        finally:
-            del self._assigning[job.id]
-            agent.reserved -= 1
-            self._wake.set()
-        attempt = _Attempt(job, assignment.attempt_id, assignment.number)
-        agent.attempts[attempt.id] = attempt
+            return None
+
+    def _deliver(self, assignment: Assignment, agent: _Agent) -> None:
+        attempt = _Attempt(assignment.job, assignment.attempt_id, assignment.number)
+        self._hold(agent, attempt)
         log.info(
             "event=assigned job=%d attempt=%d number=%d agent=%s",
-            job.id,
+            attempt.job.id,
             attempt.id,
             attempt.number,
             agent.name,
@@ -337,6 +330,18 @@ class Dispatcher:
         elif agent.session.is_welcomed:
             agent.session.assign(attempt, assignment)
         # else: the welcome finds that the agent does not hold it, and gives it back
+
+    def _hold(self, agent: _Agent, attempt: _Attempt) -> None:
+        agent.attempts[attempt.id] = attempt
+        self._held[attempt.job.id] = agent, attempt
+
+    def note_slots(self, agent: _Agent) -> None:
+        """Take note of a change of an agent's slots, attempts or connection, and schedule."""
+        if agent.free_slots() > 0:
+            self._free_slots.put(agent.id, agent.load(), agent.services)
+            self._wake.set()
+        else:
+            self._free_slots.discard(agent.id)
 
     async def durably(self, write: Callable[[], Awaitable[T]]) -> T:
         """Repeat a write of the store until there is room for it; other errors pass."""
@@ -404,6 +409,7 @@ class Dispatcher:
             return
         agent.session = None
         agent.heard_at = session.heard_at
+        self.note_slots(agent)
         if agent.attempts:
             self._start_lease(agent)
         self._forget_if_gone(agent)
@@ -413,15 +419,13 @@ class Dispatcher:
         if not is_needed and not agent.is_drained:
             self._agents.pop(agent.id, None)
 
-    def ready(self) -> None:
-        """An agent with free slots may be there."""
-        self._wake.set()
-
     def forget(self, agent: _Agent, attempt: _Attempt) -> None:
-        """An attempt ended for good: free its slot and its place in the quotas."""
+        """An attempt ended for good: free its slot."""
+        _, held = self._held.get(attempt.job.id, (agent, None))
+        if held is attempt:
+            del self._held[attempt.job.id]
         if agent.attempts.pop(attempt.id, None) is not None:
-            self._queue.release(attempt.job)
-            self._wake.set()
+            self.note_slots(agent)
         attempt.ended.set()
 
     async def give_back(self, agent: _Agent, attempt: _Attempt, loss: Loss, reason: str) -> None:
@@ -440,13 +444,7 @@ class Dispatcher:
             state,
             reason,
         )
-        if agent.attempts.pop(attempt.id, None) is None:
-            return
-        self._queue.release(attempt.job)
-        if state is protocol.JobState.QUEUED:
-            self._queue.add(attempt.job)
-        attempt.ended.set()
-        self._wake.set()
+        self.forget(agent, attempt)
 
     # --- termination
 
@@ -455,47 +453,35 @@ class Dispatcher:
 
         Returns None for an unknown job, raises :class:`AlreadyFinal` for one that has ended.
         """
-        job = await self.store.queued_form(job_id)
-        if job is None:
-            return None
         was_asked = False
         while True:
             status = await self.store.job_status(job_id)
-            assert status is not None
+            if status is None:
+                return None
             if was_asked and status.state is protocol.JobState.KILLED:
                 return status
             if status.state not in (*protocol.ACTIVE_STATES, protocol.JobState.QUEUED):
                 raise AlreadyFinal(status.state)
             was_asked = True
-            if self._queue.remove(job):
-                await self._kill_in_store(job_id)
-            elif job_id in self._assigning:
-                await asyncio.wait([self._assigning[job_id]])
+            if job_id in self._held:
+                await self._terminate_active(*self._held[job_id])
+            elif await self.durably(lambda: self.store.withdraw(job_id, _TERMINATED)):
+                log.info("event=killed job=%d", job_id)
             else:
-                await self._terminate_active(job_id)
+                # it has just been given to an agent, or left it: look again, without spinning
+                await asyncio.sleep(_SETTLE_SECONDS)
 
-    async def _terminate_active(self, job_id: int) -> None:
+    async def _terminate_active(self, agent: _Agent, attempt: _Attempt) -> None:
         """Let the agent end the job; if it does not, see to it that the attempt counts no more."""
-        for agent in self._agents.values():
-            attempt = next((a for a in agent.attempts.values() if a.job.id == job_id), None)
-            if attempt is not None:
-                break
-        else:
-            # it has just left its agent; the caller looks again, without spinning meanwhile
-            await asyncio.sleep(_SETTLE_SECONDS)
-            return
         if agent.session is not None and await agent.session.kill(attempt):
             return
-        await self._kill_in_store(job_id)
+        # if it has just ended by itself, the caller finds that out
+        with suppress(IllegalTransition):
+            await self.durably(lambda: self.store.kill(attempt.job.id, _TERMINATED))
+            log.info("event=killed job=%d", attempt.job.id)
         if agent.session is not None:
             agent.session.drop(attempt)
         self.forget(agent, attempt)
-
-    async def _kill_in_store(self, job_id: int) -> None:
-        # if it has just ended by itself, the caller finds that out
-        with suppress(IllegalTransition):
-            await self.durably(lambda: self.store.kill(job_id, "Job terminated"))
-            log.info("event=killed job=%d", job_id)
 
     # --- leases
 
@@ -657,11 +643,12 @@ class _Session:
                 tasks.create_task(self._outbox.run(self._socket), name="outbox")
                 tasks.create_task(self._watch_silence(), name="watch silence")
                 tasks.create_task(self._end_when_closed(), name="close")
-                self._dispatcher.ready()
+                self._dispatcher.note_slots(self._agent)
                 await self._receive()
                 raise _ConnectionEnded
         except* (ConnectionError, _ConnectionEnded):
             self.is_welcomed = False
+            self._dispatcher.note_slots(self._agent)
 
     async def _finish_inboxes(self) -> None:
         """Store what has arrived: on a link that breaks all the time it is all the progress."""
@@ -761,6 +748,7 @@ class _Session:
             case protocol.Drain():
                 log.info("event=agent_drains agent=%s", self._agent.name)
                 self._agent.slots = 0
+                self._dispatcher.note_slots(self._agent)
             case protocol.Acknowledge():
                 self._outbox.acknowledge(message.transfer, message.offset)
             case (

@@ -1,138 +1,192 @@
-"""The scheduling policy: who is next. Pure and synchronous, without I/O."""
+"""The scheduling policy: whose turn it is, and which agent gets the job. Pure, without I/O."""
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from config import ServiceLimits
-from store import QueuedJob
+from events import Transition
+from protocol import ACTIVE_STATES, JobState
+from store import Line
 
-
-@dataclass(slots=True)
-class _UserQueue:
-    """Jobs of one user for one service, by priority, then first come first served."""
-
-    waiting: list[tuple[int, int, QueuedJob]] = field(default_factory=list)
-    active: int = 0
-
-
-@dataclass(slots=True)
-class _ServiceQueue:
-    limits: ServiceLimits
-    users: dict[int, _UserQueue] = field(default_factory=dict)
-    turns: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    active: int = 0
-
-    def may_run(self) -> bool:
-        return bool(self.turns) and self.active < self.limits.max_runs
-
-    def update_turn(self, user_id: int) -> None:
-        """Give the user a place in the rotation if a job of theirs could run, else none."""
-        user = self.users[user_id]
-        if user.waiting and user.active < self.limits.runs_per_user:
-            self.turns.setdefault(user_id)
-        else:
-            self.turns.pop(user_id, None)
-        if not user.waiting and not user.active:
-            del self.users[user_id]
+# --- whose turn it is -------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many jobs wait, and how many are active."""
+    """How many jobs wait, and how many are active; one that is being given out is active."""
 
     waiting: int = 0
     active: int = 0
 
 
-class FairQueue:
-    """The scheduling policy: who is next.
+@dataclass(slots=True)
+class _Tally:
+    waiting: int = 0
+    active: int = 0
 
-    Users of a service take turns, and so do services; within a user the highest
-    priority goes first, then the lowest job id, so that a job that was queued again
-    keeps its place. Every operation costs O(log n) of one user's queue at most.
+    def counts(self) -> Counts:
+        return Counts(max(self.waiting, 0), self.active)
+
+
+@dataclass(slots=True)
+class _Service:
+    limits: ServiceLimits
+    total: _Tally = field(default_factory=_Tally)
+    lines: dict[int, _Tally] = field(default_factory=dict)
+    turns: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+    def may_run(self) -> bool:
+        return bool(self.turns) and self.total.active < self.limits.max_runs
+
+    def change(self, user_id: int, waiting: int, active: int) -> None:
+        """Add to the tally of a user's line, and keep its place in the rotation in step."""
+        line = self.lines.setdefault(user_id, _Tally())
+        for tally in (line, self.total):
+            tally.waiting += waiting
+            tally.active += active
+        self.update_turn(user_id)
+        if not line.waiting and not line.active:
+            del self.lines[user_id]
+
+    def update_turn(self, user_id: int) -> None:
+        """Give the user a place in the rotation if a job of theirs could run, else none."""
+        line = self.lines[user_id]
+        if line.waiting > 0 and line.active < self.limits.runs_per_user:
+            self.turns.setdefault(user_id)
+        else:
+            self.turns.pop(user_id, None)
+
+
+class FairQueue:
+    """Whose turn it is: users of a service take turns, and so do services.
+
+    Knows how many jobs wait in each line, not which: the store gives out the first of a
+    line (highest priority, then lowest id) in the transaction that makes the attempt. So
+    neither memory nor a decision depends on how many jobs wait, and a job that was
+    killed or queued again needs no search here.
+
+    A decision is under way from :meth:`next_for` until its job's transition to Processing
+    is committed, or until :meth:`take_back`. For every line, at any moment:
+
+    - ``waiting`` is the number of its jobs that the store has as Queued, less the
+      decisions under way. (It is -1 while the only job is killed under a decision.)
+    - ``active`` is the number that the store has with an agent, plus the decisions under way.
+    - The line has a place in its service's rotation exactly if a job of it could run:
+      ``waiting`` > 0 and ``active`` below the user's quota. It keeps the place until its
+      turn; after it, or after it lost the place, it starts again at the end.
+
+    This holds because every committed transition is followed, in the order of the commits,
+    whatever brought it about. A decision costs O(services), everything else O(1).
     """
 
     def __init__(self, limits: Mapping[str, ServiceLimits]) -> None:
         self._limits = limits
-        self._services: OrderedDict[str, _ServiceQueue] = OrderedDict()
+        self._services: OrderedDict[str, _Service] = OrderedDict()
+
+    def count(self, line: Line, waiting: int, active: int) -> None:
+        """Count jobs that were there before the first transition that is followed."""
+        self._service(line.service).change(line.user_id, waiting, active)
 
     def set_limits(self, limits: Mapping[str, ServiceLimits]) -> None:
         """Apply other limits from the next decision on; what is active stays active."""
         self._limits = limits
         for name, service in self._services.items():
             service.limits = limits.get(name, ServiceLimits())
-            for user_id in list(service.users):
+            for user_id in service.lines:
                 service.update_turn(user_id)
 
-    def add(self, job: QueuedJob) -> None:
-        """Put a job in line."""
-        service, user = self._user(job)
-        heapq.heappush(user.waiting, (-job.priority, job.id, job))
-        service.update_turn(job.user_id)
+    def follow(self, transition: Transition) -> None:
+        """Take note of a committed transition."""
+        before, after = transition.before, transition.after
+        if before is JobState.QUEUED and after is JobState.PROCESSING:
+            return  # counted when it was decided
+        waiting = (after is JobState.QUEUED) - (before is JobState.QUEUED)
+        active = (after in ACTIVE_STATES) - (before in ACTIVE_STATES)
+        if waiting or active:
+            self._service(transition.service).change(transition.user_id, waiting, active)
 
-    def next_for(self, offered: Collection[str] | None) -> QueuedJob | None:
-        """Take the next job of the services ``offered`` (None: all); it counts as active.
+    def next_for(self, is_offered: Callable[[str], bool]) -> Line | None:
+        """Decide which line gives the next job, of the services that ``is_offered`` allows.
 
         Returns None when no job may run now.
         """
         for name, service in self._services.items():
-            if service.may_run() and (offered is None or name in offered):
+            if service.may_run() and is_offered(name):
                 self._services.move_to_end(name)
-                return self._take(service)
+                user_id, _ = service.turns.popitem(last=False)
+                service.change(user_id, waiting=-1, active=+1)
+                return Line(name, user_id)
         return None
 
-    def count_active(self, job: QueuedJob) -> None:
-        """Count a job as active that did not come from :meth:`next_for` (after a restart)."""
-        service, user = self._user(job)
-        user.active += 1
-        service.active += 1
-        service.update_turn(job.user_id)
-
-    def release(self, job: QueuedJob) -> None:
-        """An active job is active no more."""
-        service, user = self._user(job)
-        user.active -= 1
-        service.active -= 1
-        service.update_turn(job.user_id)
-
-    def remove(self, job: QueuedJob) -> bool:
-        """Take a job out of the line; returns whether it was in it. O(n) of the user's queue."""
-        service, user = self._user(job)
-        left = [entry for entry in user.waiting if entry[1] != job.id]
-        was_waiting = len(left) < len(user.waiting)
-        heapq.heapify(left)
-        user.waiting = left
-        service.update_turn(job.user_id)
-        return was_waiting
+    def take_back(self, line: Line) -> None:
+        """A decision could not be carried out, or found that its job was killed meanwhile."""
+        self._service(line.service).change(line.user_id, waiting=+1, active=-1)
 
     def services(self) -> list[str]:
         """Return the services that have, or had, jobs."""
         return list(self._services)
 
     def counts_of_service(self, name: str) -> Counts:
-        """Return the counts over all users of a service."""
+        """Return the counts over all lines of a service."""
+        service = self._services.get(name)
+        return Counts() if service is None else service.total.counts()
+
+    def counts_of_line(self, line: Line) -> Counts:
+        """Return the counts of one line."""
+        service = self._services.get(line.service)
+        tally = None if service is None else service.lines.get(line.user_id)
+        return Counts() if tally is None else tally.counts()
+
+    def _service(self, name: str) -> _Service:
         service = self._services.get(name)
         if service is None:
-            return Counts()
-        return Counts(sum(len(user.waiting) for user in service.users.values()), service.active)
-
-    def _take(self, service: _ServiceQueue) -> QueuedJob:
-        user_id, _ = service.turns.popitem(last=False)
-        user = service.users[user_id]
-        _, _, job = heapq.heappop(user.waiting)
-        user.active += 1
-        service.active += 1
-        service.update_turn(user_id)
-        return job
-
-    def _user(self, job: QueuedJob) -> tuple[_ServiceQueue, _UserQueue]:
-        service = self._services.get(job.service)
-        if service is None:
             # a job of a service that is configured no more waits, it is not lost
-            limits = self._limits.get(job.service, ServiceLimits())
-            service = self._services[job.service] = _ServiceQueue(limits)
-        return service, service.users.setdefault(job.user_id, _UserQueue())
+            service = _Service(self._limits.get(name, ServiceLimits()))
+            self._services[name] = service
+        return service
+
+
+# --- which agent gets the job -----------------------------------------------------
+
+
+class FreeSlots:
+    """The agents that can take a job now; of those that offer a service, the least loaded.
+
+    An agent is in the list of each service that it names, or in that of agents that offer
+    all (under None), each sorted by load. A change of an agent costs a binary search in
+    each of its lists; a question costs O(1), however many agents there are.
+    """
+
+    def __init__(self) -> None:
+        self._lists: dict[str | None, list[tuple[float, str]]] = {}
+        self._present: dict[str, tuple[float, frozenset[str | None]]] = {}
+
+    def put(self, agent_id: str, load: float, services: frozenset[str] | None) -> None:
+        """Note an agent with a free slot, or its new ``load``; ``services`` None: all."""
+        self.discard(agent_id)
+        names: frozenset[str | None] = frozenset([None]) if services is None else services
+        self._present[agent_id] = load, names
+        for name in names:
+            insort(self._lists.setdefault(name, []), (load, agent_id))
+
+    def discard(self, agent_id: str) -> None:
+        """Forget an agent that has no free slot, or is gone."""
+        load, names = self._present.pop(agent_id, (0.0, frozenset()))
+        for name in names:
+            agents = self._lists[name]
+            del agents[bisect_left(agents, (load, agent_id))]
+            if not agents:
+                del self._lists[name]
+
+    def offer(self, service: str) -> bool:
+        """Say whether an agent could take a job of the service now."""
+        return service in self._lists or None in self._lists
+
+    def least_loaded(self, service: str) -> str:
+        """Return the id of the agent that should take a job of a service that is on offer."""
+        lists = (self._lists.get(service), self._lists.get(None))
+        return min(agents[0] for agents in lists if agents)[1]

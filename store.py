@@ -180,6 +180,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX job_queued",
         """CREATE INDEX job_queued ON job (service, user_id, priority DESC, id)
             WHERE state = 'Queued'""",
+        # a partial index serves a query only if the query repeats its condition word for word
+        # (sqlite.org/partialindex.html), so one for both states served neither
+        "DROP INDEX blob_unsealed",
+        "CREATE INDEX blob_open ON blob (id) WHERE state = 'open'",
+        "CREATE INDEX blob_doomed ON blob (id) WHERE state = 'doomed'",
         "CREATE INDEX job_user ON job (user_id, id)",
         "CREATE INDEX job_service ON job (service, id)",
         "CREATE INDEX job_created ON job (created_at)",
@@ -290,13 +295,25 @@ class JobStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """The jobs of one user that wait for one service: highest priority first, then lowest id."""
+
+    service: str
+    user_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """What the scheduler needs to know of a job that waits."""
+    """A job and the line in which it waits, or waited."""
 
     id: int
     user_id: int
     service: str
-    priority: int = 0
+
+    @property
+    def line(self) -> Line:
+        """Where it waits."""
+        return Line(self.service, self.user_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,11 +371,12 @@ class Loss(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A new attempt: its id, its number within the job (fencing token), its input.
+    """A new attempt: its job, its id, its number within the job (fencing token), its input.
 
     ``timeout`` is what the submitter asked for, in seconds.
     """
 
+    job: QueuedJob
     attempt_id: int
     number: int
     timeout: int | None
@@ -721,6 +739,16 @@ def _job_of_attempt(db: Database, attempt_id: int) -> _Job:
     return _job_of(row)
 
 
+def _first_of_line(db: Database, line: Line) -> _Job | None:
+    row = db.execute(
+        "SELECT id, user_id, service, state, attempts, lost_starts FROM job"
+        " WHERE state = 'Queued' AND service = ? AND user_id = ?"
+        " ORDER BY priority DESC, id LIMIT 1",
+        (line.service, line.user_id),
+    ).fetchone()
+    return None if row is None else _job_of(row)
+
+
 def _job_with_id(db: Database, job_id: int) -> _Job:
     """Return a job that is known to be there."""
     row = db.execute(
@@ -1003,7 +1031,7 @@ def _insert_job(db: Database, request: JobRequest, message: str, reason: str) ->
     job = _Job(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
     line = _write_history(db, job, now, None, JobState.QUEUED, reason)
     db.announce(dataclasses.replace(line, created_at=now))
-    return QueuedJob(job_id, request.user_id, request.service, request.priority)
+    return QueuedJob(job_id, request.user_id, request.service)
 
 
 def _check_queue(db: Database, user_id: int, limit: int) -> None:
@@ -1039,8 +1067,7 @@ def _submission_before(db: Database, key: _Key | None) -> Submission | None:
     if key is None:
         return None
     row = db.execute(
-        "SELECT content_sha256, job_id, service, priority"
-        " FROM idempotency JOIN job ON job.id = job_id"
+        "SELECT content_sha256, job_id, service FROM idempotency JOIN job ON job.id = job_id"
         " WHERE idempotency.user_id = ? AND key = ? AND idempotency.created_at > ?",
         (key.user_id, key.text, time.time() - _KEY_SECONDS),
     ).fetchone()
@@ -1048,7 +1075,7 @@ def _submission_before(db: Database, key: _Key | None) -> Submission | None:
         return None
     if row[0] != key.content_sha256:
         raise KeyReused("Idempotency-Key: it was used for a request with other content")
-    return Submission(QueuedJob(row[1], key.user_id, row[2], row[3]), is_repeated=True)
+    return Submission(QueuedJob(row[1], key.user_id, row[2]), is_repeated=True)
 
 
 def _note_key(db: Database, key: _Key | None, job_id: int) -> None:
@@ -1227,8 +1254,9 @@ class Store:
 
     def erase_later(self, blob_ids: set[int]) -> None:
         """For :class:`Upload`: blobs that no job will ever refer to."""
-        self._orphans |= blob_ids
-        self._erase_wake.set()
+        if blob_ids:
+            self._orphans |= blob_ids
+            self._erase_wake.set()
 
     async def _read(
         self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
@@ -1343,19 +1371,13 @@ class Store:
 
         return await self.write_bytes(operation, 0)
 
-    async def queued_jobs(self) -> list[QueuedJob]:
-        """Return all jobs that wait, oldest first."""
+    async def queued_lines(self) -> dict[Line, int]:
+        """Return how many jobs wait in each line. Takes about 0.1 s for a million jobs."""
         rows = await self._read(
-            "SELECT id, user_id, service, priority FROM job WHERE state = 'Queued' ORDER BY id"
+            "SELECT service, user_id, count(*) FROM job WHERE state = 'Queued'"
+            " GROUP BY service, user_id"
         )
-        return [QueuedJob(*row) for row in rows]
-
-    async def queued_form(self, job_id: int) -> QueuedJob | None:
-        """Return a job as the scheduler sees it, whatever its state; None if there is none."""
-        rows = await self._read(
-            "SELECT id, user_id, service, priority FROM job WHERE id = ?", (job_id,)
-        )
-        return QueuedJob(*rows[0]) if rows else None
+        return {Line(service, user_id): waiting for service, user_id, waiting in rows}
 
     async def queue_position(self, job_id: int) -> int | None:
         """Return a job's place in its line, the first being 1; None if it does not wait.
@@ -1368,14 +1390,14 @@ class Store:
     async def active_jobs(self) -> list[ActiveJob]:
         """Return all jobs that an agent holds."""
         rows = await self._read(
-            """SELECT job.id, job.user_id, job.service, job.priority, attempt.id,
-                      attempt.number, agent.id, agent.name, job.state
+            """SELECT job.id, job.user_id, job.service, attempt.id, attempt.number,
+                      agent.id, agent.name, job.state
                FROM job JOIN attempt ON attempt.id = job.attempt_id
                         JOIN agent ON agent.id = attempt.agent_id
                WHERE job.state IN ('Processing', 'Submitted', 'Running') ORDER BY job.id"""
         )
         return [
-            ActiveJob(QueuedJob(*row[:4]), row[4], row[5], row[6], row[7], JobState(row[8]))
+            ActiveJob(QueuedJob(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
             for row in rows
         ]
 
@@ -1432,26 +1454,34 @@ class Store:
 
     # --- attempts
 
-    async def begin_attempt(self, job_id: int, agent_id: str, reason: str) -> Assignment:
-        """Give a queued job to an agent; raises :class:`IllegalTransition` if it isn't queued."""
+    async def begin_next(self, line: Line, agent_id: str, reason: str) -> Assignment | None:
+        """Give the first job of a line to an agent; returns None if no job waits there."""
 
-        def operation(db: Database) -> Assignment:
-            before = _job_with_id(db, job_id)
+        def operation(db: Database) -> Assignment | None:
+            before = _first_of_line(db, line)
+            if before is None:
+                return None
             job = dataclasses.replace(before, attempts=before.attempts + 1)
             attempt_id = cast(
                 int,
                 db.execute(
                     "INSERT INTO attempt (job_id, number, agent_id) VALUES (?, ?, ?)",
-                    (job_id, job.attempts, agent_id),
+                    (job.id, job.attempts, agent_id),
                 ).lastrowid,
             )
             db.execute(
                 "UPDATE job SET attempts = ?, attempt_id = ?, message = '' WHERE id = ?",
-                (job.attempts, attempt_id, job_id),
+                (job.attempts, attempt_id, job.id),
             )
             _transition(db, job, JobState.PROCESSING, reason)
-            row = db.execute("SELECT timeout FROM job WHERE id = ?", (job_id,)).fetchone()
-            return Assignment(attempt_id, job.attempts, row[0], _files_of(db, attempt_id))
+            row = db.execute("SELECT timeout FROM job WHERE id = ?", (job.id,)).fetchone()
+            return Assignment(
+                QueuedJob(job.id, job.user_id, job.service),
+                attempt_id,
+                job.attempts,
+                row[0],
+                _files_of(db, attempt_id),
+            )
 
         return await self._writer.write(operation)
 
@@ -1637,6 +1667,19 @@ class Store:
 
         await self._writer.write(operation)
         self._erase_wake.set()
+
+    async def withdraw(self, job_id: int, message: str) -> bool:
+        """Kill a job if it waits in line; returns whether it did."""
+
+        def operation(db: Database) -> bool:
+            job = _job_with_id(db, job_id)
+            if job.state is not JobState.QUEUED:
+                return False
+            _transition(db, job, JobState.KILLED, message)
+            _set_message(db, job_id, message)
+            return True
+
+        return await self._writer.write(operation)
 
     async def reject(self, attempt_id: int, reason: str) -> None:
         """End a job that an agent found can never run. Raises :class:`Superseded`."""

@@ -10,7 +10,7 @@ import pytest
 from events import Feed, Lagged, Transition
 from protocol import JobState
 from store import IllegalTransition
-from tests.test_store import make_job, opened
+from tests.test_store import begin, make_job, opened, report
 
 
 def transition(number: int, job_id: int) -> Transition:
@@ -22,9 +22,9 @@ async def test_a_commit_is_told_and_a_refused_change_is_not(tmp_path: Path) -> N
         await store.note_agent("agent-1", "one")
         with store.feed.all_events(limit=10) as subscription:
             job = await make_job(store)
-            attempt = await store.begin_attempt(job.id, "agent-1", "test")
+            attempt = await begin(store, job)
             outcomes = await asyncio.gather(
-                store.begin_attempt(job.id, "agent-1", "refused"),
+                store.finish(report(attempt.attempt_id, b"r"), 0, [b"r"]),
                 store.advance(attempt.attempt_id, JobState.SUBMITTED, "test"),
                 return_exceptions=True,
             )

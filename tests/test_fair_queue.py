@@ -3,146 +3,278 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from config import ServiceLimits
-from scheduler import FairQueue
-from store import QueuedJob
+from events import Transition
+from protocol import ACTIVE_STATES, JobState
+from scheduler import Counts, FairQueue, FreeSlots
+from store import Line
 
 _LIMITS = {"dock": ServiceLimits(runs_per_user=2, max_runs=3), "fold": ServiceLimits(1, 5)}
 _SERVICES = sorted(_LIMITS)
+_LINES = [Line(service, user) for service in _SERVICES for user in range(1, 5)]
+
+
+def anything(service: str) -> bool:
+    """Agents that offer all services."""
+    return True
+
+
+@dataclass
+class _Job:
+    id: int
+    line: Line
+    priority: int
+    state: JobState = JobState.QUEUED
 
 
 class FairQueueModel(RuleBasedStateMachine):
-    """Adds, takes and releases jobs at random, and checks each decision."""
+    """A store as a plain list, decisions that take their time, and the policy beside it.
+
+    A decision may be carried out late, after others, after its job was killed, or never,
+    as when the disk is full.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.queue = FairQueue(_LIMITS)
-        self.waiting: dict[int, QueuedJob] = {}
-        self.active: dict[int, QueuedJob] = {}
-        self.next_id = 1
+        self.jobs: list[_Job] = []
+        self.under_way: list[Line] = []
+        self.overtaken_by: dict[Line, set[Line]] = {}
 
-    @rule(user=st.integers(1, 4), service=st.sampled_from(_SERVICES), priority=st.integers(-1, 1))
-    def add(self, user: int, service: str, priority: int) -> None:
-        job = QueuedJob(self.next_id, user, service, priority)
-        self.next_id += 1
-        self.waiting[job.id] = job
-        self.queue.add(job)
+    # --- what happens to jobs
 
-    @rule(offered=st.none() | st.frozensets(st.sampled_from(_SERVICES)))
-    def take(self, offered: frozenset[str] | None) -> None:
-        eligible = [job for job in self.waiting.values() if self._may_run(job, offered)]
-        job = self.queue.next_for(offered)
-        if job is None:
-            assert not eligible, "work was left lying although it could run"
-            return
-        assert job in eligible
-        peers = [
-            other
-            for other in self.waiting.values()
-            if (other.user_id, other.service) == (job.user_id, job.service)
-        ]
-        assert job == min(peers, key=lambda other: (-other.priority, other.id))
-        self.active[job.id] = self.waiting.pop(job.id)
+    @rule(line=st.sampled_from(_LINES), priority=st.integers(-1, 1))
+    def upload(self, line: Line, priority: int) -> None:
+        job = _Job(len(self.jobs), line, priority)
+        self.jobs.append(job)
+        self._tell(job, None)
+
+    @rule(data=st.data())
+    def kill_in_line(self, data: st.DataObject) -> None:
+        if waiting := self._in(JobState.QUEUED):
+            self._move(data.draw(st.sampled_from(waiting)), JobState.KILLED)
 
     @rule(data=st.data(), again=st.booleans())
-    def release(self, data: st.DataObject, again: bool) -> None:
-        if not self.active:
-            return
-        job = self.active.pop(data.draw(st.sampled_from(sorted(self.active))))
-        self.queue.release(job)
-        if again:
-            self.waiting[job.id] = job
-            self.queue.add(job)
+    def go_on(self, data: st.DataObject, again: bool) -> None:
+        if active := self._in(*ACTIVE_STATES):
+            job = data.draw(st.sampled_from(active))
+            after = {JobState.PROCESSING: JobState.SUBMITTED, JobState.SUBMITTED: JobState.RUNNING}
+            self._move(job, JobState.QUEUED if again else after.get(job.state, JobState.COMPLETED))
 
-    @rule(data=st.data(), present=st.booleans())
-    def remove(self, data: st.DataObject, present: bool) -> None:
-        jobs = self.waiting if present else self.active
-        if not jobs:
+    # --- decisions
+
+    @rule(offered=st.none() | st.frozensets(st.sampled_from(_SERVICES)))
+    def decide(self, offered: frozenset[str] | None) -> None:
+        is_offered: Callable[[str], bool] = anything if offered is None else offered.__contains__
+        eligible = [line for line in _LINES if is_offered(line.service) and self._may_run(line)]
+        line = self.queue.next_for(is_offered)
+        if line is None:
+            assert not eligible, "work was left lying although it could run"
             return
-        job = jobs[data.draw(st.sampled_from(sorted(jobs)))]
-        assert self.queue.remove(job) is present
-        self.waiting.pop(job.id, None)
+        assert line in eligible
+        self._note_turn(line)
+        self.under_way.append(line)
+
+    @rule(data=st.data())
+    def carry_out(self, data: st.DataObject) -> None:
+        if not self.under_way:
+            return
+        line = data.draw(st.sampled_from(self.under_way))
+        self.under_way.remove(line)
+        waiting = [job for job in self._in(JobState.QUEUED) if job.line == line]
+        if waiting:
+            first = min(waiting, key=lambda job: (-job.priority, job.id))
+            self._move(first, JobState.PROCESSING)
+        else:
+            self.queue.take_back(line)
+
+    @rule(data=st.data())
+    def fail_to_carry_out(self, data: st.DataObject) -> None:
+        if self.under_way:
+            line = data.draw(st.sampled_from(self.under_way))
+            self.under_way.remove(line)
+            self.queue.take_back(line)
+
+    @rule()
+    def restart(self) -> None:
+        self.queue = FairQueue(_LIMITS)
+        self.under_way = []
+        self.overtaken_by = {}
+        for line in _LINES:
+            self.queue.count(line, self._count(line, JobState.QUEUED), active=0)
+            self.queue.count(line, 0, active=self._count(line, *ACTIVE_STATES))
+
+    # --- what holds
 
     @invariant()
     def quotas_hold(self) -> None:
-        services = Counter(job.service for job in self.active.values())
-        users = Counter((job.service, job.user_id) for job in self.active.values())
-        assert all(count <= _LIMITS[name].max_runs for name, count in services.items())
-        assert all(count <= _LIMITS[name].runs_per_user for (name, _), count in users.items())
+        active = Counter({line: self._active(line) for line in _LINES})
+        for name, limits in _LIMITS.items():
+            counts = [count for line, count in active.items() if line.service == name]
+            assert sum(counts) <= limits.max_runs
+            assert max(counts) <= limits.runs_per_user
 
-    def _may_run(self, job: QueuedJob, offered: frozenset[str] | None) -> bool:
-        if offered is not None and job.service not in offered:
-            return False
-        limits = _LIMITS[job.service]
-        running = [other for other in self.active.values() if other.service == job.service]
-        own = [other for other in running if other.user_id == job.user_id]
-        return len(running) < limits.max_runs and len(own) < limits.runs_per_user
+    @invariant()
+    def counts_are_those_of_the_store(self) -> None:
+        for line in _LINES:
+            waiting = self._count(line, JobState.QUEUED) - self.under_way.count(line)
+            assert self.queue.counts_of_line(line) == Counts(max(waiting, 0), self._active(line))
+        for name in _SERVICES:
+            counted = self.queue.counts_of_service(name)
+            lines = [line for line in _LINES if line.service == name]
+            assert counted.active == sum(map(self._active, lines))
+
+    @invariant()
+    def forget_overtaking_of_lines_that_could_not_run(self) -> None:
+        for line in _LINES:
+            if self._may_run_for_its_user(line):
+                self.overtaken_by.setdefault(line, set())
+            else:
+                self.overtaken_by.pop(line, None)
+
+    def _note_turn(self, line: Line) -> None:
+        """Users take turns: none goes twice while another of the service could have gone."""
+        for other, overtakers in self.overtaken_by.items():
+            if other.service == line.service and other != line:
+                assert line not in overtakers, f"{line} went twice before {other}"
+                overtakers.add(line)
+        self.overtaken_by[line] = set()
+
+    def _move(self, job: _Job, after: JobState) -> None:
+        before, job.state = job.state, after
+        self._tell(job, before)
+
+    def _tell(self, job: _Job, before: JobState | None) -> None:
+        user_id, service = job.line.user_id, job.line.service
+        self.queue.follow(Transition(0, job.id, user_id, service, 0, 0.0, before, job.state, ""))
+
+    def _in(self, *states: JobState) -> list[_Job]:
+        return [job for job in self.jobs if job.state in states]
+
+    def _count(self, line: Line, *states: JobState) -> int:
+        return sum(job.line == line for job in self._in(*states))
+
+    def _active(self, line: Line) -> int:
+        return self._count(line, *ACTIVE_STATES) + self.under_way.count(line)
+
+    def _may_run(self, line: Line) -> bool:
+        running = sum(self._active(other) for other in _LINES if other.service == line.service)
+        return self._may_run_for_its_user(line) and running < _LIMITS[line.service].max_runs
+
+    def _may_run_for_its_user(self, line: Line) -> bool:
+        waiting = self._count(line, JobState.QUEUED) - self.under_way.count(line)
+        return waiting > 0 and self._active(line) < _LIMITS[line.service].runs_per_user
 
 
 TestFairQueueModel = FairQueueModel.TestCase
 TestFairQueueModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
-def _take_all(queue: FairQueue) -> list[QueuedJob]:
+def _take(queue: FairQueue, number: int) -> list[Line]:
+    """Take jobs that run at once and end at once."""
     taken = []
-    while (job := queue.next_for(None)) is not None:
-        taken.append(job)
-        queue.release(job)
+    for _ in range(number):
+        line = queue.next_for(anything)
+        assert line is not None
+        for before, after in (
+            (JobState.QUEUED, JobState.PROCESSING),
+            (JobState.PROCESSING, JobState.FAILED),
+        ):
+            queue.follow(Transition(0, 0, line.user_id, line.service, 1, 0.0, before, after, ""))
+        taken.append(line)
     return taken
 
 
 def test_users_take_turns_however_much_one_of_them_queued() -> None:
     queue = FairQueue({"dock": ServiceLimits(runs_per_user=5, max_runs=10)})
-    for number in range(100):
-        queue.add(QueuedJob(number, 1, "dock"))
-    for number in range(100, 103):
-        queue.add(QueuedJob(number, 2, "dock"))
-    assert [job.user_id for job in _take_all(queue)[:6]] == [1, 2, 1, 2, 1, 2]
+    queue.count(Line("dock", 1), waiting=1_000_000, active=0)
+    queue.count(Line("dock", 2), waiting=3, active=0)
+    assert [line.user_id for line in _take(queue, 8)] == [1, 2, 1, 2, 1, 2, 1, 1]
 
 
 def test_services_take_turns() -> None:
     queue = FairQueue(_LIMITS)
-    for number in range(6):
-        queue.add(QueuedJob(number, 1, "dock" if number < 3 else "fold"))
-    taken = [job.service for job in _take_all(queue)]
-    assert taken[:4] in (["dock", "fold"] * 2, ["fold", "dock"] * 2)
-
-
-def test_a_job_that_was_queued_again_keeps_its_place() -> None:
-    queue = FairQueue(_LIMITS)
-    jobs = [QueuedJob(number, 1, "fold") for number in range(3)]
-    for job in jobs:
-        queue.add(job)
-    first = queue.next_for(None)
-    assert first == jobs[0]
-    queue.release(first)
-    queue.add(first)
-    assert _take_all(queue) == jobs
+    for service in _SERVICES:
+        queue.count(Line(service, 1), waiting=3, active=0)
+    assert [line.service for line in _take(queue, 6)] == ["dock", "fold"] * 3
 
 
 def test_jobs_that_were_active_before_a_restart_count() -> None:
     queue = FairQueue(_LIMITS)
-    queue.count_active(QueuedJob(1, 7, "fold"))
-    queue.add(QueuedJob(2, 7, "fold"))
-    assert queue.next_for(None) is None
-    queue.release(QueuedJob(1, 7, "fold"))
-    assert queue.next_for(None) == QueuedJob(2, 7, "fold")
+    line = Line("fold", 7)
+    queue.count(line, waiting=0, active=1)
+    queue.count(line, waiting=1, active=0)
+    assert queue.next_for(anything) is None
+    done = Transition(0, 0, 7, "fold", 1, 0.0, JobState.RUNNING, JobState.COMPLETED, "")
+    queue.follow(done)
+    assert queue.next_for(anything) == line
 
 
 def test_other_limits_apply_from_the_next_decision_on() -> None:
     queue = FairQueue({"dock": ServiceLimits(runs_per_user=1, max_runs=1)})
-    for number in range(4):
-        queue.add(QueuedJob(number, 1, "dock"))
-    assert queue.next_for(None) is not None
-    assert queue.next_for(None) is None
+    line = Line("dock", 1)
+    queue.count(line, waiting=4, active=0)
+    assert queue.next_for(anything) == line
+    assert queue.next_for(anything) is None
     queue.set_limits({"dock": ServiceLimits(runs_per_user=2, max_runs=9)})
-    assert queue.next_for(None) is not None
-    assert queue.next_for(None) is None
+    assert queue.next_for(anything) == line
+    assert queue.next_for(anything) is None
     queue.set_limits({"dock": ServiceLimits(runs_per_user=1, max_runs=9)})
-    queue.release(QueuedJob(0, 1, "dock"))
-    assert queue.next_for(None) is None
+    queue.follow(Transition(0, 0, 1, "dock", 1, 0.0, JobState.RUNNING, JobState.COMPLETED, ""))
+    assert queue.next_for(anything) is None
+
+
+def test_a_service_that_no_free_agent_offers_is_passed_over_and_keeps_its_turn() -> None:
+    queue = FairQueue(_LIMITS)
+    for service in _SERVICES:
+        queue.count(Line(service, 1), waiting=2, active=0)
+    assert queue.next_for("fold".__eq__) == Line("fold", 1)
+    assert queue.next_for("fold".__eq__) is None  # its quota
+    assert queue.next_for(anything) == Line("dock", 1)
+
+
+class FreeSlotsModel(RuleBasedStateMachine):
+    """Agents come, go and change their load; the answer is that of a search through all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = FreeSlots()
+        self.agents: dict[str, tuple[float, frozenset[str] | None]] = {}
+
+    @rule(
+        agent_id=st.sampled_from("abcdef"),
+        load=st.sampled_from([0.0, 0.25, 0.5]),
+        services=st.none() | st.frozensets(st.sampled_from(_SERVICES)),
+    )
+    def put(self, agent_id: str, load: float, services: frozenset[str] | None) -> None:
+        self.slots.put(agent_id, load, services)
+        self.agents[agent_id] = load, services
+
+    @rule(agent_id=st.sampled_from("abcdef"))
+    def discard(self, agent_id: str) -> None:
+        self.slots.discard(agent_id)
+        self.agents.pop(agent_id, None)
+
+    @invariant()
+    def the_least_loaded_that_offers_it_is_found(self) -> None:
+        for service in _SERVICES:
+            fitting = {
+                agent_id: load
+                for agent_id, (load, services) in self.agents.items()
+                if services is None or service in services
+            }
+            assert self.slots.offer(service) == bool(fitting)
+            if fitting:
+                chosen = self.slots.least_loaded(service)
+                assert fitting[chosen] == min(fitting.values())
+
+
+TestFreeSlotsModel = FreeSlotsModel.TestCase
+TestFreeSlotsModel.settings = settings(max_examples=60, deadline=None)

@@ -25,8 +25,10 @@ MAY_IMPORT = {
     "access": set[str](),
     "store": {"protocol", "events", "database", "access", "metrics"},
     "instruments": {"protocol", "events", "store", "metrics"},
-    "scheduler": {"store", "config"},
-    "dispatch": {"protocol", "channel", "store", "database", "scheduler", "config"},
+    "scheduler": {"protocol", "events", "store", "config"},
+    "dispatch": {
+        *("protocol", "channel", "events", "store", "database", "scheduler", "config"),
+    },
     "api_answers": {"protocol", "events", "store", "database", "dispatch", "config"},
     "api_log": {"config", "instruments"},
     "api_operations": {
@@ -48,7 +50,7 @@ MAY_IMPORT = {
     },
     "api_access": {"access", "store", "api_answers"},
     "api_submit": {
-        *("protocol", "store", "dispatch", "config"),
+        *("protocol", "store", "config"),
         *("api_answers", "api_access", "api_form"),
     },
     "api_output": {"protocol", "events", "store", "api_answers", "api_connection"},

@@ -6,20 +6,24 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import store as store_module
-from database import StoreFull, StoreRefused, checkpoint
+from database import Database, StoreFull, StoreRefused, checkpoint
 from protocol import CHUNK_BYTES, Finished, JobState
 from store import (
+    Assignment,
     IllegalTransition,
     InputGone,
     JobRequest,
+    Line,
     Loss,
     QueuedJob,
     QueueFull,
@@ -67,9 +71,17 @@ async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> 
     return (await upload.commit(request, "uploaded", NO_LIMIT)).job
 
 
+async def begin(store: Store, job: QueuedJob) -> Assignment:
+    """Give a job, which must be the first of its line, to an agent."""
+    assignment = await store.begin_next(job.line, "agent-1", "test")
+    assert assignment is not None
+    assert assignment.job == job
+    return assignment
+
+
 async def run_job(store: Store, job: QueuedJob) -> int:
     """Bring a job to Running; returns the attempt's id."""
-    assignment = await store.begin_attempt(job.id, "agent-1", "test")
+    assignment = await begin(store, job)
     await store.advance(assignment.attempt_id, JobState.SUBMITTED, "test")
     await store.advance(assignment.attempt_id, JobState.RUNNING, "test")
     return assignment.attempt_id
@@ -101,7 +113,7 @@ async def test_files_come_back_as_they_went_in(store: Store) -> None:
             await upload.write(content[start : start + 100_000])
         await upload.finish_file()
     job = (await upload.commit(JobRequest(1, "example"), "uploaded", NO_LIMIT)).job
-    assignment = await store.begin_attempt(job.id, "agent-1", "test")
+    assignment = await begin(store, job)
     stream, whole = b"", b"".join(contents)
     while len(stream) < len(whole):
         stream += await store.read_files(assignment.files, len(stream))
@@ -134,7 +146,7 @@ async def test_one_failing_operation_does_not_fail_its_neighbours(store: Store) 
     job = await make_job(store)
     outcomes = await asyncio.gather(
         store.probe(),
-        store.begin_attempt(job.id, "no such agent", "test"),
+        store.begin_next(job.line, "no such agent", "test"),
         make_job(store),
         return_exceptions=True,
     )
@@ -221,11 +233,9 @@ async def test_the_history_is_append_only(store: Store, path: Path) -> None:
 
 async def test_a_transition_that_the_table_does_not_allow_changes_nothing(store: Store) -> None:
     job = await make_job(store)
-    assignment = await store.begin_attempt(job.id, "agent-1", "test")
+    assignment = await begin(store, job)
     with pytest.raises(IllegalTransition):
         await store.finish(report(assignment.attempt_id, b"r"), 0, [b"r"])
-    with pytest.raises(IllegalTransition):
-        await store.begin_attempt(job.id, "agent-1", "again")
     status = await store.job_status(job.id)
     assert status is not None
     assert status.state is JobState.PROCESSING
@@ -261,6 +271,33 @@ async def test_a_repeated_finish_does_no_harm(store: Store) -> None:
     assert len(await store.history(job.id)) == 5
 
 
+async def test_a_line_gives_its_jobs_by_priority_then_in_the_order_of_their_arrival(
+    store: Store, path: Path
+) -> None:
+    jobs = [await make_job(store) for _ in range(5)]
+    other = await make_job(store, user_id=2)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE job SET priority = 7 WHERE id IN (?, ?)", (jobs[2].id, jobs[4].id))
+        db.commit()
+    expected = [jobs[index] for index in (2, 4, 0, 1, 3)]
+    assert [await store.queue_position(job.id) for job in expected] == [1, 2, 3, 4, 5]
+    assert await store.queued_lines() == {jobs[0].line: 5, other.line: 1}
+    first = await begin(store, expected[0])
+    assert await store.queue_position(expected[0].id) is None
+    assert await store.withdraw(expected[1].id, "not wanted")
+    assert not await store.withdraw(expected[0].id, "an agent has it")
+    await begin(store, expected[2])
+    # queued again, it keeps its place
+    await store.requeue(first.attempt_id, Loss.AGENT_AWAY, "lost", 2)
+    assert await store.queue_position(expected[0].id) == 1
+    for job in (expected[0], *expected[3:]):
+        await begin(store, job)
+    assert await store.begin_next(other.line, "agent-1", "test") is not None
+    for line in (other.line, jobs[0].line, Line("example", 3)):
+        assert await store.begin_next(line, "agent-1", "test") is None
+    assert await store.queued_lines() == {}
+
+
 async def test_a_result_of_another_length_is_refused(store: Store) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
@@ -274,9 +311,9 @@ async def test_a_result_of_another_length_is_refused(store: Store) -> None:
 
 async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: Store) -> None:
     job = await make_job(store)
-    undelivered = (await store.begin_attempt(job.id, "agent-1", "test")).attempt_id
+    undelivered = (await begin(store, job)).attempt_id
     assert await store.requeue(undelivered, Loss.AGENT_AWAY, "lost", 2) is JobState.QUEUED
-    refused = (await store.begin_attempt(job.id, "agent-1", "test")).attempt_id
+    refused = (await begin(store, job)).attempt_id
     assert await store.requeue(refused, Loss.REPORTED, "disk full", 2) is JobState.QUEUED
     started = await run_job(store, job)
     assert await store.requeue(started, Loss.AGENT_AWAY, "agent gone", 2) is JobState.FAILED
@@ -362,7 +399,7 @@ async def test_shared_input_is_erased_with_the_last_job_that_refers_to_it(
     await store.kill(first.id, "terminated")
     assert await store.clean_jobs_final_since(time.time() + 1) == 1
     await store._erase_all()
-    assignment = await store.begin_attempt(second.id, "agent-1", "test")
+    assignment = await begin(store, second)
     assert await store.read_files(assignment.files, 0) == b"shared"
     assert check(str(path), lambda done, total: None) == []
     with pytest.raises(InputGone, match=f"job {first.id} was removed"):
@@ -385,3 +422,60 @@ async def test_the_length_of_the_line_follows_every_change_of_state(
     await store.kill(job.id, "terminated")
     assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(1, 0)]
     assert check(str(path), lambda done, total: None) == []
+
+
+async def test_no_statement_gets_slower_with_the_number_of_jobs(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statements: dict[str, Sequence[Any]] = {}
+
+    def execute(self: Database, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
+        statements[sql] = parameters
+        return sqlite3.Connection.execute(self, sql, parameters)
+
+    async with opened(path):
+        pass  # the migrations may scan, they run once
+    monkeypatch.setattr(Database, "execute", execute)
+    async with opened(path) as store:
+        await store.note_agent("agent-1", "one")
+        jobs = [await make_job(store, bytes(1024 * 1024 + 1)) for _ in range(6)]
+        abandoned = store.new_upload()
+        abandoned.start_file("run.sh")
+        await abandoned.write(bytes(2 * 1024 * 1024))
+        await abandoned.abandon()
+        attempt_id = await run_job(store, jobs[0])
+        await store.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)])
+        await store.discard_result(attempt_id)
+        await store.finish(report(attempt_id, b"r"), 0, [b"r"])
+        assert await store.result(jobs[0].id) is not None
+        await store.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 2)
+        await store.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 1)
+        await store.reject((await begin(store, jobs[2])).attempt_id, "bad")
+        held = await begin(store, jobs[3])
+        await store.input_files(held.attempt_id)
+        await store.read_files(held.files, 0)
+        await store.result_size(held.attempt_id)
+        await store.kill(jobs[3].id, "unwanted")
+        await store.withdraw(jobs[4].id, "unwanted")
+        await store.queue_position(jobs[5].id)
+        await store.history(jobs[5].id)
+        await store.job_status(jobs[5].id)
+        await store.queued_lines()
+        await store.active_jobs()
+        await store.oldest_final_change()
+        await store.clean_jobs_final_since(time.time() + 1)
+        await store.probe()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        scans = {
+            detail: statement
+            for statement, parameters in statements.items()
+            if statement.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")
+            for *_, detail in db.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            if re.match(r"SCAN [a-z]|USE TEMP", detail) and not detail.endswith(_FEW_ROWS)
+        }
+    assert len(statements) > 40
+    # the start counts the queue
+    assert list(scans) == ["SCAN job USING INDEX job_queued"], scans
+
+
+_FEW_ROWS = ("job_active", "blob_open", "blob_doomed", "sqlite_master")
