@@ -157,6 +157,19 @@ async def test_a_bound_token_can_not_tell_another_s_job_from_none(
     assert_error(await curl(*bound, f"{server.url}/nothing"), 404, "/nothing")
 
 
+async def test_of_the_jobs_of_an_agent_a_bound_token_sees_its_own(server: Server) -> None:
+    own, other = [await server.upload("sleep 60", user=user) for user in (7, 8)]
+    await server.wait(own, "Running")
+    await server.wait(other, "Running")
+    bound = await new_token(server, "bound", "7", "read")
+    all_of_them = await new_token(server, "all", "any", "admin")
+    await until_status(200, *bound, f"{server.url}/agents")
+    await until_status(401, f"{server.url}/agents")
+    for token, jobs in ((bound, [own]), (all_of_them, [own, other])):
+        (agent,) = (await until_status(200, *token, f"{server.url}/agents")).json()["agents"]
+        assert (agent["jobs"], agent["busy"]) == (jobs, 2)
+
+
 async def test_each_role_does_what_it_says_and_no_more(server: Server, folder: Path) -> None:
     assert (await upload(server, folder)).status == 201
     await server.wait(1)

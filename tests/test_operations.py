@@ -132,8 +132,9 @@ async def test_an_agent_that_is_away_can_be_drained_an_unknown_one_is_not_found(
     assert await agents_of(bare_server) == {}
     assert (await post(bare_server, "/agents/node7/drain"))["is_drained"]
     assert list(await agents_of(bare_server)) == ["node7"]
-    for verb in ("drain", "resume"):
-        answer = await curl("-X", "POST", f"{bare_server.url}/agents/nobody/{verb}")
+    for name in ("nobody", "%00", "%FF", "%ED%A0%80", "%F0%9F%92%A9", "a%2Fb", "x" * 4000):
+        verb = "drain" if len(name) > 3 else "resume"
+        answer = await curl("-X", "POST", f"{bare_server.url}/agents/{name}/{verb}")
         assert (answer.status, answer.json()["status"]) == (404, "Unknown")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import config
 from config import ServiceLimits, SettingsInForce
-from tests.harness import Server, curl, eventually, running_server
+from tests.harness import PROJECT, Server, curl, eventually, running_server
 
 
 def test_a_change_says_what_holds_now_and_what_needs_a_restart() -> None:
@@ -70,3 +72,28 @@ async def test_limits_services_and_retention_change_without_a_restart(tmp_path: 
         await hang_up(server, "event=settings_reloaded")
         state = "SELECT state FROM job WHERE id = ?"
         await eventually(lambda: server.query(state, jobs[2]) == [("Cleaned",)], "it is cleaned")
+
+
+async def test_a_server_whose_terminal_was_closed_stops_instead(tmp_path: Path) -> None:
+    terminal, its_end = os.openpty()
+    with open(tmp_path / "log", "wb") as log:
+        server = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(PROJECT / "orchestrator.py"), "--port", "0", "--no-agent"),
+            cwd=tmp_path,
+            stdin=its_end,
+            stdout=log,
+            stderr=log,
+        )
+    os.close(its_end)
+    try:
+        path = tmp_path / "log"
+        await eventually(lambda: "ready at" in path.read_text(), "it is ready")
+        server.send_signal(signal.SIGHUP)
+        await eventually(lambda: "event=settings_reloaded" in path.read_text(), "it goes on")
+        os.close(terminal)
+        server.send_signal(signal.SIGHUP)
+        assert await asyncio.wait_for(server.wait(), 10) == 0
+    finally:
+        if server.returncode is None:
+            server.kill()
+            await server.wait()
