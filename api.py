@@ -26,6 +26,7 @@ from api_answers import (
 from api_files import FileHandlers
 from api_guard import is_loopback, refuse_strangers
 from api_jobs import JobHandlers
+from api_log import note_route
 from api_operations import OperationHandlers
 from api_output import OutputHandlers
 from api_submit import SubmitHandlers
@@ -62,7 +63,7 @@ def make_application(
     jobs = JobHandlers(store)
     output = OutputHandlers(store)
     guards = [refuse_strangers(settings), demand_tokens(store)]
-    application = web.Application(middlewares=[answer_errors, *guards])
+    application = web.Application(middlewares=[note_route, answer_errors, *guards])
     application.on_response_prepare.append(_add_security_headers)
     swagger = SwaggerFile(
         application,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
+from aiohttp.http_exceptions import HttpProcessingError
 
+from api_answers import Handler
 from config import AccessLog, SettingsInForce
 from instruments import HttpInstruments
 
+_ROUTE = "route"
 _SLOW_SECONDS = 1.0
 _READING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
 
@@ -23,7 +28,7 @@ def access_logger(
         def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
             instruments.note(
                 request.method if request.method in hdrs.METH_ALL else "other",
-                _documented_path(request),
+                request.get(_ROUTE, "none"),
                 response.status,
                 response.body_length,
             )
@@ -51,8 +56,33 @@ def _is_notable(request: web.BaseRequest, response: web.StreamResponse, seconds:
     return request.method not in _READING or response.status >= 400 or seconds >= _SLOW_SECONDS
 
 
-def _documented_path(request: web.BaseRequest) -> str:
-    """Return the path as a template, so that there are as many as there are routes."""
-    if not isinstance(request, web.Request) or request.match_info.route.resource is None:
-        return "none"
-    return request.match_info.route.resource.canonical
+@web.middleware
+async def note_route(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Remember the path as a template, so that there are as many as there are routes.
+
+    What can't be parsed as HTTP never comes here; it is counted and logged all the same.
+    """
+    resource = request.match_info.route.resource
+    if resource is not None:
+        request[_ROUTE] = resource.canonical
+    return await handler(request)
+
+
+def connection_logger() -> logging.Logger:
+    """Return the logger for aiohttp's connections.
+
+    A request that is not HTTP is a stranger's mistake, not an error of ours: it gets one line
+    without a traceback.
+    """
+    logger = logging.getLogger("orchestrator.http")
+    logger.addFilter(_tell_malformed_requests_shortly)
+    return logger
+
+
+def _tell_malformed_requests_shortly(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        record.msg, record.args = "event=malformed_request error=%r", (error.message,)
+        record.exc_info = None
+    return True

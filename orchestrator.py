@@ -128,6 +128,7 @@ async def _serve_store(
         api.make_application(store, dispatcher, settings, token, instruments),
         access_log=logging.getLogger("orchestrator.access"),
         access_log_class=api_log.access_logger(settings, instruments.http),
+        logger=api_log.connection_logger(),
         shutdown_timeout=_STOP_REQUESTS_SECONDS,
         max_line_size=_LINE_BYTES,
         max_field_size=_FIELD_BYTES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -90,3 +91,15 @@ async def test_the_access_log_has_all_requests_or_none(tmp_path: Path) -> None:
         assert await server.stop() == 0
         assert "event=uploaded" in server.log()
         assert "event=request" not in server.log()
+
+
+async def test_what_is_not_http_is_told_in_one_line(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server", "--no-agent") as server:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", int(server.url.rpartition(":")[2])
+        )
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: \x00\r\n\r\n")
+        assert b"400 Bad Request" in await reader.read(100)
+        writer.close()
+        await eventually(lambda: "event=malformed_request" in server.log(), "it is told")
+        assert "Traceback" not in server.log() and "level=ERROR" not in server.log()

@@ -30,7 +30,7 @@ MAY_IMPORT = {
         *("protocol", "channel", "events", "store", "database", "scheduler", "config"),
     },
     "api_answers": {"protocol", "events", "store", "database", "dispatch", "config"},
-    "api_log": {"config", "instruments"},
+    "api_log": {"api_answers", "config", "instruments"},
     "api_operations": {
         *("protocol", "config", "store", "database", "dispatch", "metrics", "instruments"),
         *("api_answers", "api_access"),
@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "api": {
         *("protocol", "store", "database", "dispatch", "config"),
         *("api_answers", "api_guard", "api_access", "api_form", "api_submit"),
-        *("api_jobs", "api_files", "api_output", "api_operations", "instruments"),
+        *("api_jobs", "api_files", "api_output", "api_operations", "api_log", "instruments"),
     },
     "demo": {"api"},
     "orchestrator": {
