@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import config
@@ -480,7 +480,7 @@ class Dispatcher:
             await self.durably(lambda: self.store.kill(attempt.job.id, _TERMINATED))
             log.info("event=killed job=%d", attempt.job.id)
         if agent.session is not None:
-            agent.session.drop(attempt)
+            agent.session.expect_remains(attempt)
         self.forget(agent, attempt)
 
     # --- leases
@@ -539,6 +539,7 @@ class _Session:
         self._inboxes: dict[int, _Inbox] = {}
         self._serving: set[asyncio.Task[None]] = set()
         self._inbox_bytes: dict[int, int] = {}
+        self._remains: dict[int, _Attempt] = {}
         self._tasks: asyncio.TaskGroup
         self._closing = asyncio.Event()
         self._heard = asyncio.Event()
@@ -611,9 +612,9 @@ class _Session:
                 wait.cancel()
         return attempt.ended.is_set()
 
-    def drop(self, attempt: _Attempt) -> None:
-        """Tell the agent that an attempt does not count any more."""
-        self._outbox.put(protocol.Drop(attempt.id, "terminated"))
+    def expect_remains(self, attempt: _Attempt) -> None:
+        """Take what a killed attempt left when it comes; its job is over already."""
+        self._remains[attempt.id] = attempt
 
     # --- life of the connection
 
@@ -686,7 +687,12 @@ class _Session:
             agent.slots,
             len(hello.attempts),
         )
-        wanted = [held for held in hello.attempts if held.attempt_id in agent.attempts]
+        await self._find_remains(hello)
+        wanted = [
+            held
+            for held in hello.attempts
+            if held.attempt_id in agent.attempts or held.attempt_id in self._remains
+        ]
         keep = [
             protocol.KeptAttempt(
                 held.attempt_id,
@@ -707,15 +713,29 @@ class _Session:
         )
         # from here on, what is assigned goes straight to the agent
         self.is_welcomed = True
+        for attempt_id in self._remains:
+            self._outbox.put(protocol.Kill(attempt_id))
         present = {held.attempt_id for held in hello.attempts}
         missing = [attempt for attempt in agent.attempts.values() if attempt.id not in present]
         for held in wanted:
-            if held.phase is protocol.AttemptPhase.RECEIVING:
+            is_to_run = held.attempt_id in agent.attempts
+            if is_to_run and held.phase is protocol.AttemptPhase.RECEIVING:
                 files = await self._store.input_files(held.attempt_id)
                 self._send_input(held.attempt_id, files, held.input_offset)
         for attempt in missing:
             reason = f"agent {agent.name} does not have the job any more"
             await self._dispatcher.give_back(agent, attempt, Loss.AGENT_AWAY, reason)
+
+    async def _find_remains(self, hello: protocol.Hello) -> None:
+        """See whether the agent comes with what is left of jobs that were killed meanwhile."""
+        for held in hello.attempts:
+            if held.attempt_id in self._agent.attempts:
+                continue
+            killed = await self._store.killed_without_result(held.attempt_id)
+            if killed is not None:
+                # as far as can be: what the agent reports of its way changes nothing any more
+                last = protocol.ACTIVE_STATES[-1]
+                self._remains[held.attempt_id] = replace(_attempt_of(killed), state=last)
 
     async def _receive(self) -> None:
         async for frame in self._frames:
@@ -777,7 +797,7 @@ class _Session:
     def _inbox(self, attempt_id: int) -> _Inbox:
         inbox = self._inboxes.get(attempt_id)
         if inbox is None:
-            attempt = self._agent.attempts.get(attempt_id)
+            attempt = self._agent.attempts.get(attempt_id) or self._remains.get(attempt_id)
             inbox = self._inboxes[attempt_id] = asyncio.Queue()
             serve = (
                 self._serve_unknown(attempt_id, inbox)

@@ -569,12 +569,17 @@ def _migrate(db: Database) -> None:
         raise
 
 
+def _active_job_of(row: Sequence[Any]) -> ActiveJob:
+    return ActiveJob(QueuedJob(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
+
+
 def _doom_what_a_crash_cut_short(db: Database) -> None:
     doomed = db.execute(
-        """UPDATE blob SET state = 'doomed' WHERE state = 'open' AND id NOT IN (
-               SELECT attempt.result_blob FROM attempt JOIN job ON job.attempt_id = attempt.id
-               WHERE attempt.result_blob IS NOT NULL
-                 AND job.state IN ('Processing', 'Submitted', 'Running'))"""
+        """UPDATE blob SET state = 'doomed' WHERE state = 'open' AND NOT EXISTS (
+               SELECT 1 FROM attempt
+               JOIN job ON job.id = attempt.job_id AND job.attempt_id = attempt.id
+               WHERE attempt.result_blob = blob.id
+                 AND job.state IN ('Processing', 'Submitted', 'Running', 'Killed'))"""
     ).rowcount
     if doomed:
         log.info("event=unfinished_blobs_doomed count=%d", doomed)
@@ -767,6 +772,23 @@ def _active_job_of_attempt(db: Database, attempt_id: int) -> _Job:
     if job.state not in ACTIVE_STATES:
         raise Superseded(f"attempt {attempt_id}: its job is {job.state} already")
     return job
+
+
+def _receiving_job_of_attempt(db: Database, attempt_id: int) -> _Job:
+    """Return the job if this attempt may deliver: it is active, or killed without a result yet."""
+    job = _job_of_attempt(db, attempt_id)
+    if job.state is JobState.KILLED and not _has_result(db, attempt_id):
+        return job
+    return _active_job_of_attempt(db, attempt_id)
+
+
+def _has_result(db: Database, attempt_id: int) -> bool:
+    row = db.execute(
+        "SELECT 1 FROM attempt JOIN blob ON blob.id = attempt.result_blob"
+        " WHERE attempt.id = ? AND blob.state = 'sealed'",
+        (attempt_id,),
+    ).fetchone()
+    return row is not None
 
 
 def _insert_chunks(db: Database, blob_id: int, first: int, chunks: Sequence[bytes]) -> None:
@@ -1396,10 +1418,7 @@ class Store:
                         JOIN agent ON agent.id = attempt.agent_id
                WHERE job.state IN ('Processing', 'Submitted', 'Running') ORDER BY job.id"""
         )
-        return [
-            ActiveJob(QueuedJob(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
-            for row in rows
-        ]
+        return [_active_job_of(row) for row in rows]
 
     async def times_of_last_jobs(self, limit: int) -> list[JobTimes]:
         """Return the times of the jobs that ended last, oldest first."""
@@ -1521,7 +1540,7 @@ class Store:
         """
 
         def operation(db: Database) -> None:
-            _active_job_of_attempt(db, attempt_id)
+            _receiving_job_of_attempt(db, attempt_id)
             self._append(db, attempt_id, offset, chunks)
 
         size = sum(map(len, chunks))
@@ -1532,7 +1551,7 @@ class Store:
         """Forget what has arrived of an attempt's result, for a transfer that starts anew."""
 
         def operation(db: Database) -> None:
-            _active_job_of_attempt(db, attempt_id)
+            _receiving_job_of_attempt(db, attempt_id)
             _drop_partial_result(db, attempt_id)
 
         await self._writer.write(operation)
@@ -1547,14 +1566,16 @@ class Store:
     ) -> None:
         """End a job with its result, whole, and the last of its output in one transaction.
 
-        ``tail`` are the last chunks, from ``offset`` on. A repeated call for a job that this
-        very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
+        ``tail`` are the last chunks, from ``offset`` on. A job that was killed while its agent
+        was away stays so, and gets the result as what it left. A repeated call for a job that
+        this very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
         longer counts, :class:`ResultMismatch` if the lengths don't add up.
         """
 
         def operation(db: Database) -> None:
             job = _job_of_attempt(db, report.attempt_id)
-            if job.state not in ACTIVE_STATES:
+            is_killed = job.state is JobState.KILLED and not _has_result(db, report.attempt_id)
+            if job.state not in ACTIVE_STATES and not is_killed:
                 return
             _add_output(db, job, report.attempt_id, output)
             _drop_live_output(db, report.attempt_id)
@@ -1564,8 +1585,9 @@ class Store:
                 "UPDATE attempt SET exit_code = ? WHERE id = ?",
                 (report.exit_code, report.attempt_id),
             )
-            _set_message(db, job.id, report.message)
-            _transition(db, job, report.state, report.message or "finished")
+            if not is_killed:
+                _set_message(db, job.id, report.message)
+                _transition(db, job, report.state, report.message or "finished")
 
         size = sum(map(len, tail))
         await self.write_bytes(operation, size + output.size)
@@ -1579,7 +1601,7 @@ class Store:
         """
 
         def operation(db: Database) -> None:
-            job = _active_job_of_attempt(db, attempt_id)
+            job = _receiving_job_of_attempt(db, attempt_id)
             _add_output(db, job, attempt_id, output)
 
         await self.write_bytes(operation, output.size)
@@ -1656,17 +1678,29 @@ class Store:
         return state
 
     async def kill(self, job_id: int, message: str) -> None:
-        """End a job that has not ended. Raises :class:`IllegalTransition` if it has."""
+        """End a job that has not ended. Raises :class:`IllegalTransition` if it has.
+
+        Its attempt, if it has one, may still deliver what the job left.
+        """
 
         def operation(db: Database) -> None:
             _transition(db, _job_with_id(db, job_id), JobState.KILLED, message)
             _set_message(db, job_id, message)
-            row = db.execute("SELECT attempt_id FROM job WHERE id = ?", (job_id,)).fetchone()
-            if row[0] is not None:
-                _drop_partial_result(db, row[0])
 
         await self._writer.write(operation)
-        self._erase_wake.set()
+
+    async def killed_without_result(self, attempt_id: int) -> ActiveJob | None:
+        """Return the job if it was killed in this attempt, which has not delivered it yet."""
+        rows = await self._read(
+            """SELECT job.id, job.user_id, job.service, attempt.id,
+                      attempt.number, agent.id, agent.name, job.state
+               FROM attempt JOIN job ON job.id = attempt.job_id AND job.attempt_id = attempt.id
+                        JOIN agent ON agent.id = attempt.agent_id
+                        LEFT JOIN blob ON blob.id = attempt.result_blob
+               WHERE attempt.id = ? AND job.state = 'Killed' AND blob.state IS NOT 'sealed'""",
+            (attempt_id,),
+        )
+        return _active_job_of(rows[0]) if rows else None
 
     async def withdraw(self, job_id: int, message: str) -> bool:
         """Kill a job if it waits in line; returns whether it did."""

@@ -227,6 +227,17 @@ class Server:
         assert archive.testzip() is None
         return archive
 
+    def stored_result(self, job_id: int) -> zipfile.ZipFile:
+        """Return the ZIP that is stored for a job, whatever its state; an empty one for none."""
+        sql = (
+            "SELECT data FROM chunk JOIN attempt ON chunk.id >> 20 = result_blob"
+            " JOIN job ON job.attempt_id = attempt.id WHERE job.id = ? ORDER BY chunk.id"
+        )
+        content = b"".join(row[0] for row in self.query(sql, job_id))
+        archive = zipfile.ZipFile(io.BytesIO(content), "r" if content else "w")
+        assert archive.testzip() is None
+        return archive
+
     def query(self, sql: str, *parameters: object) -> list[Any]:
         """Read the database from outside."""
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as db:

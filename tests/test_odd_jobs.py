@@ -122,20 +122,7 @@ async def run_all(server: Server, jobs: dict[str, OddJob]) -> dict[str, Outcome]
 
 def _outcome(server: Server, job_id: int) -> Outcome:
     state, message = server.query("SELECT state, message FROM job WHERE id = ?", job_id)[0]
-    return Outcome(state, message, _stored_result(server, job_id))
-
-
-def _stored_result(server: Server, job_id: int) -> zipfile.ZipFile:
-    """Read the result of a job out of the database: what failed can't be downloaded as a ZIP."""
-    path = server.directory / f"result-{job_id}.zip"
-    sql = (
-        "SELECT data FROM chunk JOIN attempt ON chunk.id >> 20 = result_blob"
-        " JOIN job ON job.attempt_id = attempt.id WHERE job.id = ? ORDER BY chunk.id"
-    )
-    path.write_bytes(b"".join(row[0] for row in server.query(sql, job_id)))
-    archive = zipfile.ZipFile(path) if path.stat().st_size else zipfile.ZipFile(path, "w")
-    assert archive.testzip() is None
-    return archive
+    return Outcome(state, message, server.stored_result(job_id))
 
 
 def assert_as_expected(jobs: dict[str, OddJob], outcomes: dict[str, Outcome]) -> None:

@@ -455,6 +455,7 @@ async def test_no_statement_gets_slower_with_the_number_of_jobs(
         await store.input_files(held.attempt_id)
         await store.read_files(held.files, 0)
         await store.result_size(held.attempt_id)
+        await store.killed_without_result(held.attempt_id)
         await store.kill(jobs[3].id, "unwanted")
         await store.withdraw(jobs[4].id, "unwanted")
         await store.queue_position(jobs[5].id)
@@ -480,3 +481,50 @@ async def test_no_statement_gets_slower_with_the_number_of_jobs(
 
 # partial indices of rows that are soon dealt with
 _FEW_ROWS = ("_active", "_open", "_doomed", "sqlite_master")
+
+
+async def test_a_killed_job_takes_what_its_last_attempt_left_once_and_nothing_else(
+    store: Store, path: Path
+) -> None:
+    job = await make_job(store)
+    lost = await run_job(store, job)
+    await store.requeue(lost, Loss.AGENT_AWAY, "away", 3)
+    current = await run_job(store, job)
+    await store.kill(job.id, "Job terminated")
+    assert await store.killed_without_result(lost) is None
+    expected = await store.killed_without_result(current)
+    assert expected is not None
+    assert (expected.attempt_id, expected.state) == (current, JobState.KILLED)
+    with pytest.raises(Superseded):
+        await store.finish(report(lost, b"late"), 0, [b"late"])
+    chunk = bytes(CHUNK_BYTES)
+    await store.append_result(current, 0, [chunk])
+    for _ in ("first", "repeated"):
+        await store.finish(report(current, chunk + b"left"), CHUNK_BYTES, [b"left"])
+    assert await store.killed_without_result(current) is None
+    with pytest.raises(Superseded):
+        await store.append_result(current, 0, [chunk])
+    await store.finish(report(current, b"another"), 0, [b"another"])
+    sizes = rows(path, "SELECT size FROM blob JOIN attempt ON blob.id = result_blob")
+    assert sizes == [(CHUNK_BYTES + 4,)]
+    assert rows(path, "SELECT state, message FROM job") == [("Killed", "Job terminated")]
+    history = await store.history(job.id)
+    assert [transition.after for transition in history][-2:] == [JobState.RUNNING, JobState.KILLED]
+
+
+async def test_what_a_killed_job_left_goes_with_retention_even_if_it_never_came_whole(
+    path: Path,
+) -> None:
+    async with opened(path) as store:
+        await store.note_agent("agent-1", "one")
+        job = await make_job(store)
+        attempt_id = await run_job(store, job)
+        await store.kill(job.id, "Job terminated")
+        await store.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)])
+    async with opened(path) as store:
+        assert await store.result_size(attempt_id) == CHUNK_BYTES, "a crash keeps it"
+        assert await store.clean_jobs_final_since(time.time() + 1) == 1
+        await eventually_no_chunks(path)
+        assert await store.killed_without_result(attempt_id) is None
+        with pytest.raises(Superseded):
+            await store.append_result(attempt_id, CHUNK_BYTES, [b"more"])

@@ -105,21 +105,40 @@ async def test_terminations_at_any_moment_end_each_job_once(server: Server) -> N
     await asyncio.gather(*(server.result(job_id) for job_id in later))
 
 
-async def test_a_job_whose_agent_is_away_is_killed_when_it_returns(
+async def test_a_job_whose_agent_is_away_is_killed_when_it_returns_and_keeps_what_it_left(
     bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:
     witness = tmp_path / "witness"
     agent = new_agent("away")
-    await agent.start()
-    job_id = await bare_server.upload(f"echo $$ > {witness}; sleep 1000")
+    await agent.start("--slots", "2")
+    running = await bare_server.upload(
+        f"echo partial > out; echo said; echo $$ > {witness}; sleep 1000"
+    )
+    os.mkfifo(tmp_path / "go")
+    ended = await bare_server.upload(f"read line < {tmp_path / 'go'}; echo whole > out")
     await eventually(lambda: bool(lines(witness)), "it runs")
+    await bare_server.wait(ended, "Running")
     shell = int(lines(witness)[0])
     await agent.kill()
-    assert await terminate(bare_server, job_id) == killed(job_id)
+    await asyncio.to_thread((tmp_path / "go").write_text, "go\n")
+    record = agent.workdir / "attempts" / str(ended) / "exit"
+    await eventually(record.exists, "the other has ended by itself")
+    for job_id in (running, ended):
+        assert await terminate(bare_server, job_id) == killed(job_id)
     assert psutil.pid_exists(shell)
-    await agent.start()
+    await bare_server.kill()  # what is expected of the agent is not forgotten
+    await bare_server.start("--no-agent")
+    await agent.start("--slots", "2")
     await eventually(lambda: not psutil.pid_exists(shell), "it is killed")
-    assert (await bare_server.status(job_id))["status"] == "Killed"
+    attempts = agent.workdir / "attempts"
+    await eventually(lambda: os.listdir(attempts) == [], "both are delivered and cleaned")
+    partial = bare_server.stored_result(running)
+    assert (partial.read("out"), partial.read("stdout.log")) == (b"partial\n", b"said\n")
+    assert bare_server.stored_result(ended).read("out") == b"whole\n"
+    for job_id in (running, ended):
+        assert await bare_server.status(job_id) == killed(job_id).json()
+        assert bare_server.transitions(job_id)[-2:] == ["Running", "Killed"]
+    await bare_server.check()
 
 
 async def test_a_kill_goes_on_after_the_agent_was_killed_in_it(
