@@ -23,6 +23,7 @@ from api_answers import (
     job_answer,
     job_id_of,
 )
+from api_events import EventHandlers
 from api_files import FileHandlers
 from api_guard import is_loopback, refuse_strangers
 from api_jobs import JobHandlers
@@ -62,6 +63,7 @@ def make_application(
     operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
     jobs = JobHandlers(store)
     output = OutputHandlers(store)
+    events = EventHandlers(store)
     guards = [refuse_strangers(settings), demand_tokens(store)]
     application = web.Application(middlewares=[note_route, answer_errors, *guards])
     application.on_response_prepare.append(_add_security_headers)
@@ -88,6 +90,8 @@ def make_application(
     swagger.add_get("/jobs", jobs.find, validate=False)
     swagger.add_get("/jobs/{id}", jobs.show, validate=False)
     swagger.add_get("/jobs/{id}/history", jobs.history, validate=False)
+    swagger.add_get("/jobs/{id}/events", events.of_job, validate=False)
+    swagger.add_get("/events", events.of_all, validate=False)
     swagger.add_get("/agent", api.agent, validate=False)
     _add_missing_heads(application)
     return application

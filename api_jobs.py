@@ -221,7 +221,7 @@ async def status_within(
     # subscribed before the state is read, so that the end can't come unnoticed in between
     with store.feed.transitions_of(job_id, _TRANSITIONS_BEHIND) as subscription:
         job = await store.job_status(job_id)
-        if job is None or _has_ended(job.state):
+        if job is None or has_ended(job.state):
             return job
         with ended_by_disconnection(request), suppress(TimeoutError, FeedClosed, Lagged):
             async with asyncio.timeout(seconds):
@@ -232,9 +232,10 @@ async def status_within(
 async def _wait_for_end(subscription: Subscription) -> None:
     while True:
         event = await subscription.next()
-        if isinstance(event, Transition) and _has_ended(event.after):
+        if isinstance(event, Transition) and has_ended(event.after):
             return
 
 
-def _has_ended(state: JobState) -> bool:
+def has_ended(state: JobState) -> bool:
+    """Say whether no attempt of a job is or will be under way."""
     return state is not JobState.QUEUED and state not in ACTIVE_STATES

@@ -20,7 +20,7 @@ import protocol
 from channel import Outbox, Socket, first_failure
 from config import ServiceLimits, Settings, SettingsInForce
 from database import StoreFull, StoreUnavailable
-from events import Event, Transition
+from events import AgentChangeKind, Event, Transition
 from protocol import ProtocolError, Stream
 from scheduler import Counts, FairQueue, FreeSlots
 from store import (
@@ -410,6 +410,7 @@ class Dispatcher:
         agent.session = None
         agent.heard_at = session.heard_at
         self.note_slots(agent)
+        self.note_change(agent, AgentChangeKind.DISCONNECTED)
         if agent.attempts:
             self._start_lease(agent)
         self._forget_if_gone(agent)
@@ -418,6 +419,11 @@ class Dispatcher:
         is_needed = agent.session is not None or agent.attempts or agent.reserved
         if not is_needed and not agent.is_drained:
             self._agents.pop(agent.id, None)
+
+    def note_change(self, agent: _Agent, kind: AgentChangeKind) -> None:
+        """Write down what happened to an agent, without waiting for it."""
+        write = self.durably(lambda: self.store.note_agent_change(agent.id, agent.name, kind))
+        self._tasks.create_task(write, name=f"note that {agent.name} is {kind}")
 
     def forget(self, agent: _Agent, attempt: _Attempt) -> None:
         """An attempt ended for good: free its slot."""
@@ -495,6 +501,8 @@ class Dispatcher:
 
     async def _end_lease(self, agent: _Agent) -> None:
         log.warning("event=lease_ended agent=%s attempts=%d", agent.name, len(agent.attempts))
+        if agent.session is None:
+            self.note_change(agent, AgentChangeKind.LOST)
         reason = f"agent {agent.name} was away for more than {self.settings.lease:g} s"
         for attempt in list(agent.attempts.values()):
             if agent.session is not None:
@@ -767,6 +775,7 @@ class _Session:
                 self._outbox.put(protocol.Heartbeat())
             case protocol.Drain():
                 log.info("event=agent_drains agent=%s", self._agent.name)
+                self._dispatcher.note_change(self._agent, AgentChangeKind.DRAINING)
                 self._agent.slots = 0
                 self._dispatcher.note_slots(self._agent)
             case protocol.Acknowledge():

@@ -1349,6 +1349,24 @@ class Store:
         """Return all transitions of a job, oldest first."""
         return [_transition_of(row) for row in await self._read(_HISTORY, (job_id,))]
 
+    async def transitions_after(self, last_id: int, limit: int) -> list[Transition]:
+        """Return the transitions of all jobs that follow one, oldest first."""
+        rows = await self._read(
+            "SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason"
+            " FROM history JOIN job ON job.id = history.job_id"
+            " WHERE history.id > ? ORDER BY history.id LIMIT ?",
+            (last_id, limit),
+        )
+        return [_transition_of(row) for row in rows]
+
+    async def last_event_ids(self) -> tuple[int, int]:
+        """Return the ids of the last transition and the last agent change, 0 for none."""
+        rows = await self._read(
+            "SELECT (SELECT coalesce(max(id), 0) FROM history),"
+            " (SELECT coalesce(max(id), 0) FROM agent_history)"
+        )
+        return (rows[0][0], rows[0][1])
+
     async def find_jobs(self, wanted: JobFilter, before: int | None, limit: int) -> JobPage:
         """Return the newest jobs of those asked for whose id is below ``before`` (None: any).
 
@@ -1433,15 +1451,36 @@ class Store:
     # --- agents
 
     async def note_agent(self, agent_id: str, name: str) -> None:
-        """Remember an agent's name and that it was here."""
+        """Remember an agent's name and that it connected."""
         now = time.time()
-        await self._writer.write(
-            lambda db: db.execute(
+
+        def operation(db: Database) -> None:
+            db.execute(
                 "INSERT INTO agent (id, name, seen_at) VALUES (?, ?, ?) ON CONFLICT (id)"
                 " DO UPDATE SET name = excluded.name, seen_at = excluded.seen_at",
                 (agent_id, name, now),
             )
+            _write_agent_change(db, agent_id, name, AgentChangeKind.CONNECTED)
+
+        await self._writer.write(operation)
+
+    async def note_agent_change(self, agent_id: str, name: str, kind: AgentChangeKind) -> None:
+        """Write down what happened to an agent, if it has ever connected."""
+
+        def operation(db: Database) -> None:
+            if db.execute("SELECT 1 FROM agent WHERE id = ?", (agent_id,)).fetchone():
+                _write_agent_change(db, agent_id, name, kind)
+
+        await self._writer.write(operation)
+
+    async def agent_changes_after(self, last_id: int, limit: int) -> list[AgentChange]:
+        """Return the agent changes that follow one, oldest first."""
+        rows = await self._read(
+            "SELECT id, agent_id, name, at, kind FROM agent_history WHERE id > ?"
+            " ORDER BY id LIMIT ?",
+            (last_id, limit),
         )
+        return [AgentChange(*(*row[:4], AgentChangeKind(row[4]))) for row in rows]
 
     async def drained_agents(self) -> list[KnownAgent]:
         """Return the agents that get no jobs because an operator said so."""

@@ -42,6 +42,7 @@ MAY_IMPORT = {
         *("protocol", "events", "store"),
         *("api_answers", "api_connection", "api_form", "api_access"),
     },
+    "api_events": {"events", "store", "api_answers", "api_connection", "api_jobs"},
     "zip_members": set[str](),
     "api_ranges": set[str](),
     "api_files": {
@@ -57,7 +58,15 @@ MAY_IMPORT = {
     "api": {
         *("protocol", "store", "database", "dispatch", "config"),
         *("api_answers", "api_guard", "api_access", "api_form", "api_submit"),
-        *("api_jobs", "api_files", "api_output", "api_operations", "api_log", "instruments"),
+        *(
+            "api_jobs",
+            "api_events",
+            "api_files",
+            "api_output",
+            "api_operations",
+            "api_log",
+            "instruments",
+        ),
     },
     "demo": {"api"},
     "orchestrator": {
