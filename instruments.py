@@ -51,9 +51,8 @@ class JobInstruments:
 
     def follow(self, event: Event) -> None:
         """Take note of what happened."""
-        if not isinstance(event, Transition):
+        if not isinstance(event, Transition) or event.created_at is None:
             return
-        assert event.created_at is not None
         if event.after is JobState.RUNNING:
             self._wait.observe(max(event.at - event.created_at, 0.0), event.service)
         elif event.after in FINAL_STATES:
