@@ -91,6 +91,7 @@ async def _run(names: Sequence[str], scale: Scale, directory: Path) -> report.Ru
         started_at=started_at.isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
         load_before=load_before,
+        load_after=os.getloadavg()[0],
         figures=tuple(figures),
         failures=failures,
     )
@@ -111,7 +112,11 @@ def main() -> int:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     sys.stdout.write(f"{report.table(run.figures)}\n")
-    sys.stdout.write(f"{run.seconds:.0f} s; {options.json} has all samples\n")
+    # the benchmarks keep the cores busy themselves, so only the load before is somebody else's
+    sys.stdout.write(
+        f"{run.seconds:.0f} s; load average {run.load_before:.1f} before, {run.load_after:.1f} after"
+        f" on {os.cpu_count()} cores; {options.json} has all samples\n"
+    )
     return 1 if run.failures else 0
 
 

@@ -41,6 +41,7 @@ class _Samples:
     status: list[float] = field(default_factory=list)
     upload: list[float] = field(default_factory=list)
     turnover: list[float] = field(default_factory=list)
+    status_path: str = ""
 
 
 async def queue(stage: Stage, scale: Scale) -> list[Figure]:
@@ -65,6 +66,7 @@ async def queue(stage: Stage, scale: Scale) -> list[Figure]:
             Unit.MILLISECONDS,
             {jobs: taken.status for jobs, taken in samples.items()},
             ratio_at_most(1.5),
+            f"by GET {samples[max(samples)].status_path}{{id}}",
         ),
         *_compared(
             "upload to 201",
@@ -92,7 +94,11 @@ def _count(jobs: int) -> str:
 
 
 def _compared(
-    what: str, unit: Unit, seconds: Mapping[int, Sequence[float]], target: Target | None
+    what: str,
+    unit: Unit,
+    seconds: Mapping[int, Sequence[float]],
+    target: Target | None,
+    note: str = "",
 ) -> list[Figure]:
     """Return a figure for each length of the line; the shortest is the floor of the others."""
     factor = {Unit.MILLISECONDS: 1e3, Unit.MICROSECONDS: 1e6}[unit]
@@ -107,6 +113,7 @@ def _compared(
             samples[jobs],
             None if jobs == shortest else floor,
             target if jobs == longest else None,
+            note if jobs == longest else "",
         )
         for jobs in samples
     ]
@@ -205,6 +212,7 @@ class _Line:
 
     async def measure(self, samples: _Samples) -> None:
         """Take a few samples of each kind."""
+        samples.status_path = self._status_path
         for _ in range(_STATUS_REQUESTS):
             job_id = random.randint(1, self._jobs)
             request = client.get(self._url, f"{self._status_path}{job_id}")

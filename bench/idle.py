@@ -22,7 +22,8 @@ async def idle(stage: Stage, scale: Scale) -> list[Figure]:
     """Measure what a server with one agent costs while nothing happens.
 
     Several pairs idle side by side, each on a database of its own: each is a repeat. Processor
-    time is counted for each process, so they don't disturb each other's figure.
+    time is counted for each process. Other load still adds to it, by colder caches: four busy
+    loops on two cores made it 1.3 to 1.8 times as much.
     """
     servers: list[Server] = []
     agents: list[Child] = []

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench import client
@@ -20,11 +21,20 @@ from bench.measure import (
     ratio_at_least,
     server_memory,
 )
-from bench.processes import Stage
+from bench.processes import Stage, cpu_seconds
 from bench.scale import Scale
 from bench.small_jobs import Load
 
 _SLOTS = 8
+_BARE = "bare aiohttp handler with the same JSON"
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One window of polling: answers a second, and the server's processor time for each."""
+
+    rate: float
+    cpu_microseconds: float
 
 
 async def poll(stage: Stage, scale: Scale) -> list[Figure]:
@@ -35,11 +45,12 @@ async def poll(stage: Stage, scale: Scale) -> list[Figure]:
     async with client.connected(server.url) as connection:
         # no agent offers this service, so the job waits for as long as it is asked for
         job_id = await client.submit(connection, client.upload(server.url, 1, "parked"))
-    asked, floor = [], []
+    asked: list[_Asked] = []
+    floor: list[_Asked] = []
     path = f"/download/{job_id}"
     for _ in range(scale.repeats):
-        asked.append(await _request_rate(server.url, path, scale))
-        floor.append(await _request_rate(floor_server.url, "/json", scale))
+        asked.append(await _ask(server.url, path, server.pid, scale))
+        floor.append(await _ask(floor_server.url, "/json", floor_server.process.pid, scale))
     load = Load(server, scale.throughput_users, scale.throughput_connections)
     polled, alone = [], []
     for _ in range(scale.repeats):
@@ -51,9 +62,17 @@ async def poll(stage: Stage, scale: Scale) -> list[Figure]:
             "poll",
             f"GET /download/{{id}}, {scale.poll_connections} connections",
             Unit.REQUESTS_PER_SECOND,
-            tuple(asked),
-            Floor("bare aiohttp handler with the same JSON", tuple(floor)),
+            tuple(window.rate for window in asked),
+            Floor(_BARE, tuple(window.rate for window in floor)),
             ratio_at_least(0.5),
+        ),
+        Figure(
+            "poll",
+            "server CPU for a request",
+            Unit.MICROSECONDS,
+            tuple(window.cpu_microseconds for window in asked),
+            Floor(_BARE, tuple(window.cpu_microseconds for window in floor)),
+            note="depends less on other load than the rate does",
         ),
         Figure(
             "poll",
@@ -67,11 +86,15 @@ async def poll(stage: Stage, scale: Scale) -> list[Figure]:
     ]
 
 
-async def _request_rate(url: str, path: str, scale: Scale) -> float:
+async def _ask(url: str, path: str, server_pid: int, scale: Scale) -> _Asked:
     async with _pollers(url, path, scale.poll_connections) as counts:
-        before, started = sum(counts), time.perf_counter()
+        before, cpu, started = sum(counts), cpu_seconds(server_pid), time.perf_counter()
         await asyncio.sleep(scale.poll_seconds)
-        return (sum(counts) - before) / (time.perf_counter() - started)
+        seconds, answers = time.perf_counter() - started, sum(counts) - before
+        cpu = cpu_seconds(server_pid) - cpu
+    if not answers:
+        raise BenchmarkError(f"no answer to {path} within {seconds:.1f} s")
+    return _Asked(answers / seconds, 1e6 * cpu / answers)
 
 
 @contextlib.asynccontextmanager

@@ -37,6 +37,7 @@ class Run:
     started_at: str
     seconds: float
     load_before: float
+    load_after: float
     figures: tuple[Figure, ...]
     failures: dict[str, str]
 
@@ -155,6 +156,7 @@ def _machine(run: Run) -> dict[str, Any]:
         "system": platform.platform(),
         "file_system": file_system(run.directory),
         "load_before": run.load_before,
+        "load_after": run.load_after,
     }
 
 

@@ -57,7 +57,7 @@ WHOLE = Scale(
     idle_seconds=30.0,
     poll_connections=64,
     poll_seconds=2.0,
-    poll_jobs=100,
+    poll_jobs=60,
 )
 
 SMOKE = Scale(
