@@ -61,7 +61,7 @@ def make_application(
     files = FileHandlers(store)
     submit = SubmitHandlers(store, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
-    jobs = JobHandlers(store)
+    jobs = JobHandlers(store, dispatcher)
     output = OutputHandlers(store)
     events = EventHandlers(store)
     guards = [refuse_strangers(settings), demand_tokens(store)]

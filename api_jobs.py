@@ -15,9 +15,10 @@ from api_access import check_user, user_restriction
 from api_answers import BadRequest, UnknownJob, job_id_of, rfc3339, transition_body
 from api_connection import ended_by_disconnection
 from api_form import checked_user_id
+from dispatch import Dispatcher
 from events import FeedClosed, Lagged, Subscription, Transition
 from protocol import ACTIVE_STATES, JobState
-from store import AttemptRecord, JobDetails, JobFilter, JobStatus, JobSummary, Store
+from store import AttemptRecord, JobDetails, JobFilter, JobStatus, JobSummary, Line, Store
 
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
 _LONGEST_WAIT_SECONDS = 300
@@ -29,8 +30,9 @@ _LOST = "Lost"  # how an attempt ended whose job was queued again
 class JobHandlers:
     """The handlers for ``/jobs``."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, dispatcher: Dispatcher) -> None:
         self._store = store
+        self._dispatcher = dispatcher
 
     async def find(self, request: web.Request) -> web.StreamResponse:
         """Answer with the jobs that a filter lets through, newest first, a page at a time."""
@@ -48,11 +50,16 @@ class JobHandlers:
         details = await self._store.job_details(job_id)
         if details is None:
             raise UnknownJob
-        position = None
-        if details.summary.state is JobState.QUEUED:
-            position = await self._store.queue_position(job_id)
-        queue = None if position is None else {"position": position}
+        queue = await self._queue_body(details.summary)
         return web.json_response({**_details_body(details), "queue": queue})
+
+    async def _queue_body(self, job: JobSummary) -> dict[str, Any] | None:
+        if job.state is not JobState.QUEUED:
+            return None
+        # 1: it has left the line since its state was read
+        position = await self._store.queue_position(job.id) or 1
+        reason = self._dispatcher.why_waiting(Line(job.service, job.user_id))
+        return {"position": position, "reason": reason}
 
     async def history(self, request: web.Request) -> web.StreamResponse:
         """Answer with the transitions of a job, oldest first."""

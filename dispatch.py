@@ -128,6 +128,12 @@ class _Agent:
             return 0
         return self.slots - self.reserved - len(self.attempts)
 
+    def offers(self, service: str) -> bool:
+        return self.services is None or service in self.services
+
+    def takes_nothing_new(self) -> bool:
+        return self.is_drained or not self.slots
+
     def load(self) -> float:
         return (self.reserved + len(self.attempts)) / self.slots
 
@@ -234,6 +240,27 @@ class Dispatcher:
     def counts_of_service(self, name: str) -> Counts:
         """Return how many jobs of a service wait and are active."""
         return self._queue.counts_of_service(name)
+
+    def why_waiting(self, line: Line) -> str:
+        """Say in words what a job in this line waits for."""
+        connected = [agent for agent in self._agents.values() if agent.session is not None]
+        offering = [agent for agent in connected if agent.offers(line.service)]
+        limits = self.settings.services.get(line.service, ServiceLimits())
+        user = self._queue.counts_of_line(line).active
+        service = self._queue.counts_of_service(line.service).active
+        if not connected:
+            return "no agent is connected"
+        if not offering:
+            return "no agent offers this service"
+        if all(agent.takes_nothing_new() for agent in offering):
+            return "all agents that offer this service are drained"
+        if user >= limits.runs_per_user:
+            return f"user limit {user} of {limits.runs_per_user}"
+        if service >= limits.max_runs:
+            return f"service limit {service} of {limits.max_runs}"
+        if all(agent.free_slots() <= 0 for agent in offering):
+            return "all slots busy"
+        return "next"
 
     async def drain(self, name: str) -> list[AgentStatus]:
         """Give nothing new to the agents of this name or id; lasts until :meth:`resume`.

@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -23,7 +24,15 @@ import store as store_module
 from dispatch import Dispatcher
 from protocol import JobState
 from store import JobFilter, JobSummary
-from tests.harness import POLL_SECONDS, Server, curl, eventually, run, running_server
+from tests.harness import (
+    POLL_SECONDS,
+    AgentProcess,
+    Server,
+    curl,
+    eventually,
+    run,
+    running_server,
+)
 from tests.test_api import assert_error
 from tests.test_store import make_job, opened
 
@@ -139,7 +148,8 @@ async def _fill(path: Path, seed: int, count: int) -> list[JobSummary]:
             if agent is not None:
                 agent_id = {"one": "agent-1", "two": "agent-2"}[agent]
                 db.execute(
-                    "INSERT INTO attempt VALUES (?1, ?1, 1, ?2, 0, NULL)", (job_id, agent_id)
+                    "INSERT INTO attempt (id, job_id, number, agent_id) VALUES (?1, ?1, 1, ?2)",
+                    (job_id, agent_id),
                 )
                 db.execute("UPDATE job SET attempt_id = id WHERE id = ?", (job_id,))
             db.executemany("INSERT INTO tag VALUES (?, ?, ?)", [(job_id, *tag) for tag in job.tags])
@@ -245,6 +255,44 @@ async def test_lists_by_curl(tmp_path: Path) -> None:
 
 
 # --- one job ----------------------------------------------------------------------
+
+
+async def test_a_queued_job_says_why_it_waits(tmp_path: Path) -> None:
+    limits = {
+        "SERVICE_EXAMPLE_RUNS_PER_USER": "1",
+        "SERVICE_EXAMPLE_MAX_RUNS": "2",
+        "SERVICE_FOLD_MAX_RUNS": "9",
+    }
+    async with running_server(tmp_path / "server", "--no-agent", environment=limits) as server:
+
+        async def queue_of(job_id: int) -> dict[str, Any]:
+            queue = (await curl(f"{server.url}/jobs/{job_id}")).json()["queue"]
+            assert isinstance(queue, dict)
+            return queue
+
+        first = await server.upload("exec sleep 60", user=1)
+        second = await server.upload("true", user=1)
+        assert await queue_of(first) == {"position": 1, "reason": "no agent is connected"}
+        assert (await queue_of(second))["position"] == 2
+        agent = AgentProcess(server, "one")
+        await agent.start("--slots", "2", "--services", "example")
+        await server.wait(first, "Running")
+        assert await queue_of(second) == {"position": 1, "reason": "user limit 1 of 1"}
+        third = await server.upload("true", user=3, service="fold")
+        assert (await queue_of(third))["reason"] == "no agent offers this service"
+        other = await server.upload("exec sleep 60", user=2)
+        await server.wait(other, "Running")
+        fourth = await server.upload("true", user=4)
+        assert (await queue_of(fourth))["reason"] == "service limit 2 of 2"
+        folder = AgentProcess(server, "two")
+        await folder.start("--slots", "1", "--services", "fold")
+        await server.wait(third, "Completed")
+        await server.wait(await server.upload("exec sleep 60", user=3, service="fold"), "Running")
+        fifth = await server.upload("true", user=3, service="fold")
+        assert (await queue_of(fifth))["reason"] == "all slots busy"
+        await curl("-X", "POST", f"{server.url}/agents/two/drain")
+        reason = (await queue_of(fifth))["reason"]
+        assert reason == "all agents that offer this service are drained"
 
 
 async def test_all_about_a_job_and_its_history(server: Server) -> None:

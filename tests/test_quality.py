@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "api_form": {"protocol", "store", "config", "api_answers"},
     "api_connection": set[str](),
     "api_jobs": {
-        *("protocol", "events", "store"),
+        *("protocol", "events", "store", "dispatch"),
         *("api_answers", "api_connection", "api_form", "api_access"),
     },
     "api_events": {"events", "store", "api_answers", "api_connection", "api_jobs"},
