@@ -15,6 +15,7 @@ from store import Store
 
 _CALLER = "caller"
 _FRESH_SECONDS = 1.0
+_REMEMBERED_OWNERS = 10_000
 
 
 def demand_tokens(store: Store) -> Middleware:
@@ -23,6 +24,7 @@ def demand_tokens(store: Store) -> Middleware:
     A token bound to a user reaches that user's jobs only; others are not there for it.
     """
     tokens = _Tokens(store)
+    owners = _Owners(store)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -41,7 +43,7 @@ def demand_tokens(store: Store) -> Middleware:
         if "id" not in request.match_info:
             if not access.is_for_bound_tokens(path):
                 raise Forbidden("this token is for the jobs of one user")
-        elif await store.owner_of(job_id_of(request)) != user_id:
+        elif await owners.owner_of(job_id_of(request)) != user_id:
             raise UnknownJob
 
     return guard
@@ -51,6 +53,12 @@ def user_restriction(request: web.Request) -> int | None:
     """Return the only user whose jobs the caller may see, None if it may see all."""
     caller: Token | None = request.get(_CALLER)
     return None if caller is None else caller.user_id
+
+
+def caller_name(request: web.BaseRequest) -> str:
+    """Return the name of the caller's token, a dash if none was needed."""
+    caller: Token | None = request.get(_CALLER)
+    return "-" if caller is None else caller.name
 
 
 def check_user(request: web.Request, user_id: int) -> None:
@@ -73,6 +81,25 @@ def _caller(request: web.Request, known: Mapping[str, Token]) -> Token:
 def _check_role(caller: Token, needed: Role) -> None:
     if not caller.role.includes(needed):
         raise Forbidden(f"this token allows to {caller.role}, the role {needed} is needed here")
+
+
+class _Owners:
+    """The users of jobs, which never change: those asked for lately are remembered."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[int, int] = {}
+
+    async def owner_of(self, job_id: int) -> int | None:
+        """Return the user of a job, None if there is no such job."""
+        owner = self._known.get(job_id)
+        if owner is None:
+            owner = await self._store.owner_of(job_id)
+            if owner is not None:
+                if len(self._known) >= _REMEMBERED_OWNERS:
+                    self._known.clear()
+                self._known[job_id] = owner
+        return owner
 
 
 class _Tokens:

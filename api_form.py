@@ -27,6 +27,7 @@ _KEY_CHARACTERS = 255
 _MAX_TAGS = 32
 _TAG_KEY = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TAG_VALUE_CHARACTERS = 256
+_MAX_PASSED_OVER = 100
 _SINGLE_FIELDS = frozenset({"user_id", "service", "name", "priority", "timeout"})
 
 Admit: TypeAlias = Callable[[int], None]
@@ -43,6 +44,7 @@ class _Form:
     user_id: int | None = None
     fields: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    passed_over: int = 0
 
 
 async def ask_for_body(request: web.Request) -> web.StreamResponse | None:
@@ -159,6 +161,9 @@ async def _read_part(
                 form.user_id = checked_user_id(form.fields[name])
                 form.admit(form.user_id)
         case _:
+            form.passed_over += 1
+            if form.passed_over > _MAX_PASSED_OVER:
+                raise BadRequest(f"there are more than {_MAX_PASSED_OVER} fields of other names")
             while await part.read_chunk(_READ_BYTES):
                 _check_length(request)
 

@@ -8,6 +8,7 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.http_exceptions import HttpProcessingError
 
+from api_access import caller_name
 from api_answers import Handler
 from config import AccessLog, SettingsInForce
 from instruments import HttpInstruments
@@ -40,13 +41,14 @@ def access_logger(
             # The path only: what is secret stands in a query or a header. It is quoted, since
             # what a client sends may hold any character.
             self.logger.info(
-                "event=request method=%s path=%r status=%d bytes=%d ms=%.1f remote=%s",
+                "event=request method=%s path=%r status=%d bytes=%d ms=%.1f remote=%s caller=%s",
                 request.method,
                 request.rel_url.raw_path,
                 response.status,
                 response.body_length,
                 time * 1000,
                 request.remote,
+                caller_name(request),
             )
 
     return AccessLogger

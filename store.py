@@ -2366,6 +2366,8 @@ def _check_results(db: sqlite3.Connection) -> Iterator[str]:
 
 
 def _check_queue_lengths(db: sqlite3.Connection) -> Iterator[str]:
+    if db.execute("PRAGMA user_version").fetchone()[0] < 2:
+        return  # a backup of an older version, which kept no such number
     noted = dict(db.execute("SELECT user_id, jobs FROM queue_length WHERE jobs <> 0"))
     counted = dict(
         db.execute("SELECT user_id, count(*) FROM job WHERE state = 'Queued' GROUP BY user_id")

@@ -107,9 +107,11 @@ async def test_tokens_are_demanded_honoured_and_revoked_while_the_server_runs(
     for header in ("Bearer wrong", "Basic d2ViOng=", "Bearer", "Bearer \N{SNOWMAN}", web[1][-43:]):
         answer = await curl("-H", f"Authorization: {header}", f"{server.url}/download/1")
         assert_error(answer, 401, "not valid")
+    assert re.search(r"path='/nothing' status=401 .* caller=-$", server.log(), re.MULTILINE)
     # the embedded agent has a token of its own, and goes on
     assert (await upload(server, folder, *web)).status == 201
     assert (await until_status(200, *web, f"{server.url}/download/2?wait=20")).body[:2] == b"PK"
+    assert re.search(r"path='/upload' status=201 .* caller=web$", server.log(), re.MULTILINE)
     code, output = await token_command(
         server, "create", "--name", "web", "--user", "1", "--role", "read"
     )

@@ -30,7 +30,7 @@ MAY_IMPORT = {
         *("protocol", "channel", "events", "store", "database", "scheduler", "config"),
     },
     "api_answers": {"protocol", "events", "store", "database", "dispatch", "config"},
-    "api_log": {"api_answers", "config", "instruments"},
+    "api_log": {"api_answers", "api_access", "config", "instruments"},
     "api_operations": {
         *("protocol", "config", "store", "database", "dispatch", "metrics", "instruments"),
         *("api_answers", "api_access"),

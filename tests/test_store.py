@@ -528,3 +528,27 @@ async def test_what_a_killed_job_left_goes_with_retention_even_if_it_never_came_
         assert await store.killed_without_result(attempt_id) is None
         with pytest.raises(Superseded):
             await store.append_result(attempt_id, CHUNK_BYTES, [b"more"])
+
+
+async def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for statement in store_module.MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute("PRAGMA user_version = 1")
+        db.execute(f"PRAGMA application_id = {store_module.APPLICATION_ID}")
+        for job_id, user_id, state in ((1, 7, "Queued"), (2, 7, "Queued"), (3, 8, "Killed")):
+            db.execute(
+                "INSERT INTO job (id, user_id, service, state, message, created_at, changed_at)"
+                " VALUES (?, ?, 'example', ?, '', 0, 0)",
+                (job_id, user_id, state),
+            )
+    assert [
+        problem for problem in check(str(path), lambda done, total: None) if "line" in problem
+    ] == []
+    async with opened(path) as store:
+        assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(7, 2)]
+        await store.kill(1, "terminated")
+        assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(7, 1)]
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE queue_length SET jobs = 5")
+    assert "user 7 has 1 jobs in line, noted are 5" in check(str(path), lambda done, total: None)
