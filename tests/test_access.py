@@ -172,6 +172,29 @@ async def test_of_the_jobs_of_an_agent_a_bound_token_sees_its_own(server: Server
         assert (agent["jobs"], agent["busy"]) == (jobs, 2)
 
 
+async def test_lists_show_a_bound_token_its_own_jobs(server: Server, folder: Path) -> None:
+    for user in (7, 8, 7):
+        assert (await upload(server, folder, user=user)).status == 201
+    bound = await new_token(server, "bound", "7", "read")
+    other = await new_token(server, "other", "any", "read")
+    await until_status(401, f"{server.url}/jobs")
+
+    async def ids(token: tuple[str, str], query: str) -> list[int]:
+        answer = await curl(*token, f"{server.url}/jobs?{query}")
+        assert answer.status == 200, answer
+        return [job["id"] for job in answer.json()["jobs"]]
+
+    assert await ids(bound, "") == await ids(bound, "user_id=7") == [3, 1]
+    assert await ids(bound, "service=example&text=") == [3, 1]
+    assert await ids(other, "") == [3, 2, 1]
+    assert await ids(other, "user_id=8") == [2]
+    assert_error(await curl(*bound, f"{server.url}/jobs?user_id=8"), 403, "not for user 8")
+    for path in ("/agents", "/services", "/metrics"):
+        assert (await curl(*bound, server.url + path)).status == 200
+        assert_error(await curl(server.url + path), 401, "Bearer")
+    assert_error(await curl(*other, "-X", "POST", f"{server.url}/agents/local/drain"), 403, "admin")
+
+
 async def test_each_role_does_what_it_says_and_no_more(server: Server, folder: Path) -> None:
     assert (await upload(server, folder)).status == 201
     await server.wait(1)
