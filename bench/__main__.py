@@ -114,8 +114,9 @@ def main() -> int:
     sys.stdout.write(f"{report.table(run.figures)}\n")
     # the benchmarks keep the cores busy themselves, so only the load before is somebody else's
     sys.stdout.write(
-        f"{run.seconds:.0f} s; load average {run.load_before:.1f} before, {run.load_after:.1f} after"
-        f" on {os.cpu_count()} cores; {options.json} has all samples\n"
+        f"{run.seconds:.0f} s; {options.json} has all samples;"
+        f" load average {run.load_before:.1f} before, {run.load_after:.1f} after"
+        f" on {os.cpu_count()} cores\n"
     )
     return 1 if run.failures else 0
 
