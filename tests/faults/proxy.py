@@ -12,9 +12,9 @@ _BUFFER = 16 * 1024
 class FaultyProxy:
     """Passes bytes on, except as told by its attributes.
 
-    ``cut_after``: break each connection after so many bytes of both directions together.
-    ``rate``: bytes a second for each direction. ``is_frozen``: accept and keep connections but
-    pass nothing on (half-open). ``is_down``: refuse.
+    ``cut_after``: break each connection after so many bytes of both directions together, in
+    the middle of whatever it is. ``rate``: bytes a second for each direction. ``delay``: seconds
+    that each byte is on its way. ``is_down``: refuse. See also :meth:`freeze` (half-open).
     """
 
     def __init__(self, port: int) -> None:
@@ -25,6 +25,7 @@ class FaultyProxy:
         self._flowing.set()
         self.cut_after: int | None = None
         self.rate: float | None = None
+        self.delay = 0.0
         self.is_down = False
         self.connections = 0
 
@@ -99,6 +100,7 @@ class _Link:
             writer.transport.abort()
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(_BUFFER):
                 await self._proxy.flow()
@@ -110,5 +112,10 @@ class _Link:
                     self.abort()
                     return
                 self._passed += len(data)
-                writer.write(data)
-                await writer.drain()
+                if self._proxy.delay:
+                    # later pieces may be on their way, too, so this does not make it slow
+                    loop.call_later(self._proxy.delay, writer.write, data)
+                else:
+                    writer.write(data)
+                    await writer.drain()
+            await asyncio.sleep(self._proxy.delay)  # for the end of the stream

@@ -113,6 +113,25 @@ async def test_an_agent_finds_a_server_that_was_away_for_a_while(
     proxy.is_down = True
     proxy.cut()
     job_id = await bare_server.upload("true")
-    await asyncio.sleep(1)  # the time that the network is down
+    await asyncio.sleep(0.5)  # the time that the network is down
     proxy.is_down = False
     await bare_server.result(job_id)
+
+
+async def test_a_long_way_makes_a_job_later_and_restarts_nothing(
+    bare_server: Server, new_agent: NewAgent, proxy: FaultyProxy
+) -> None:
+    content = os.urandom(6_000_000)
+    proxy.delay = 0.2
+    await start_behind(proxy, new_agent("far"))
+    job_id = await bare_server.upload("cat data", {"data": content})
+    endless = await bare_server.upload("sleep 1000")
+    assert (await bare_server.result(job_id)).read("stdout.log") == content
+    await bare_server.wait(endless, "Running")
+    began = time.monotonic()
+    assert (await curl("-X", "POST", f"{bare_server.url}/terminate/{endless}")).status == 200
+    assert time.monotonic() - began < 4, "the agent did it, the server did not give it up"
+    assert "run.sh" in bare_server.stored_result(endless).namelist()
+    for ended in (job_id, endless):
+        assert bare_server.transitions(ended).count("Processing") == 1
+    assert proxy.connections == 1
