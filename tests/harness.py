@@ -11,6 +11,7 @@ import re
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -182,8 +183,7 @@ class Server:
         service: str = "example",
     ) -> int:
         """Submit a job with curl; returns its id."""
-        folder = self.directory / "upload"
-        folder.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="upload-", dir=self.directory))
         arguments = []
         for name, content in {"run.sh": script.encode(), **(files or {})}.items():
             (folder / name).write_bytes(content)

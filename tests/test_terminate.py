@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.harness import (
     AgentProcess,
@@ -53,20 +52,25 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("tree", TREES)
-async def test_the_whole_tree_of_a_running_job_ends(tmp_path: Path, tree: str) -> None:
-    async with running_server(tmp_path / "server", environment={"KILL_GRACE": "0.5"}) as server:
-        witness = tmp_path / "witness"
-        job_id = await server.upload(f"echo partial > partial; echo up > {witness}\n{TREES[tree]}")
-        await eventually(lambda: lines(witness) == ["up"], "the job is under way")
-        assert await terminate(server, job_id) == killed(job_id)
+async def test_the_whole_tree_of_a_running_job_ends(tmp_path: Path) -> None:
+    async with running_server(
+        tmp_path / "server", "--slots", "8", environment={"KILL_GRACE": "0.5"}
+    ) as server:
+
+        async def grow_and_fell(number: int, tree: str) -> None:
+            witness = tmp_path / f"witness-{number}"
+            script = f"echo partial > partial; echo up > {witness}\n{tree}"
+            job_id = await server.upload(script, user=number)
+            await eventually(lambda: lines(witness) == ["up"], f"{tree} is under way")
+            assert await terminate(server, job_id) == killed(job_id)
+            # what it wrote is kept with the job
+            assert server.stored_result(job_id).read("partial") == b"partial\n"
+
+        await asyncio.gather(*(grow_and_fell(*tree) for tree in enumerate(TREES.values())))
         left = [p for p in server.processes() if p.name() in ("sleep", "bash")]
         assert left == []
         attempts = server.directory / "orchestrator.db.agent" / "attempts"
-        await eventually(lambda: os.listdir(attempts) == [], "its directory is removed")
-        # what it wrote is kept with the job
-        sizes = server.query("SELECT size FROM blob JOIN attempt ON blob.id = result_blob")
-        assert sizes[0][0] > 0
+        await eventually(lambda: os.listdir(attempts) == [], "their directories are removed")
         await server.result(await server.upload("true"))
 
 
