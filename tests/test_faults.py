@@ -12,7 +12,6 @@ from pathlib import Path
 
 import aiohttp
 import psutil
-import pytest
 
 import protocol
 from tests.harness import (
