@@ -115,7 +115,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except web.HTTPException as error:
         return _of_http_exception(request, error)
     except ConnectionError:
-        raise  # the client is gone, there is nobody to answer
+        # nobody reads this (the status is nginx's); aiohttp would log what is raised as an error
+        return error_answer(499, "the client is gone")
     except Exception as error:  # noqa: BLE001 - it is answered and, if unknown, logged
         return _of_exception(request, error)
 

@@ -78,6 +78,10 @@ async def test_a_wait_ends_in_time_and_with_the_server(idle: Server) -> None:
     assert (await killed).json()["status"] == "Killed"
     assert (await waiting).json()["status"] == "Killed"
     job_id = await idle.upload("true")
+    # a client that loses patience is nobody's error
+    assert (await run("curl", "-m", "0.3", f"{idle.url}/download/{job_id}?wait=9"))[0] == 28
+    await eventually(lambda: "status=499" in idle.log(), "the server has seen it go")
+    assert "level=ERROR" not in idle.log()
     waiting = asyncio.create_task(curl(f"{idle.url}/download/{job_id}?wait=300"))
     await asyncio.wait([waiting], timeout=10 * POLL_SECONDS)
     started = time.monotonic()
