@@ -1052,8 +1052,11 @@ class _Session:
     ) -> None:
         report = incoming.report
         if incoming.digest.hexdigest() != report.result_sha256:
-            await self._dispatcher.durably(lambda: self._store.discard_result(attempt.id))
-            raise ResultMismatch(f"attempt {attempt.id}: the result has another SHA-256")
+            # the agent would send the same again for ever
+            reason = f"agent {self._agent.name} sent a result with another SHA-256 than it said"
+            await self._dispatcher.give_back(self._agent, attempt, Loss.REPORTED, reason)
+            self._outbox.put(protocol.Drop(attempt.id, "damaged"))
+            return
         new = self._new_output(output)
         await self._dispatcher.durably(lambda: self._store.finish(report, start, tail, new))
         self._outbox.put(protocol.Stored(attempt.id))

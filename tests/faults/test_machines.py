@@ -130,3 +130,36 @@ async def test_clocks_that_jump_end_no_lease_and_no_job_early_or_late(tmp_path: 
             await eventually(lambda: server.transitions(lost)[-1] == "Queued", "its lease ends")
         finally:
             await agent.kill()
+
+
+async def test_a_result_that_is_damaged_on_the_agents_disk_is_made_again(
+    patient_server: Server, tmp_path: Path
+) -> None:
+    agent, go = AgentProcess(patient_server, "rots"), tmp_path / "go"
+    os.mkfifo(go)
+    await agent.start()
+    job_id = await patient_server.upload(f"head -c 1000000 /dev/urandom > out; read x < {go}")
+    for attempt, restarts in ((1, False), (2, True)):
+        await eventually(
+            lambda count=attempt: patient_server.transitions(job_id).count("Running") == count,  # type: ignore[misc]
+            "the attempt runs",
+        )
+        await patient_server.kill()
+        await asyncio.to_thread(go.write_text, "end\n")
+        directory = agent.workdir / "attempts" / str(attempt)
+        await eventually((directory / "finished.json").exists, "it ends while no server is there")
+        with open(directory / "result.zip", "r+b") as result:
+            result.seek(500_000)
+            result.write(b"rotten")
+        if restarts:
+            await agent.kill()
+        await patient_server.start("--no-agent")
+        if restarts:
+            await agent.start()
+    await asyncio.to_thread(go.write_text, "end\n")
+    assert len((await patient_server.result(job_id)).read("out")) == 1_000_000
+    reasons = patient_server.query("SELECT reason FROM history WHERE to_state = 'Queued'")
+    assert reasons[1:] == [
+        ("agent rots sent a result with another SHA-256 than it said",),
+        ("agent rots lost it: the result archive is damaged",),
+    ]
