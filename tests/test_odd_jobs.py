@@ -191,6 +191,7 @@ async def test_two_gigabytes_of_output_and_a_million_files(tmp_path: Path) -> No
         ),
     }
     async with running_server(tmp_path / "server", "--slots", "1") as server:
+        await server.result(await server.upload("true"))
         agent = psutil.Process(await server.agent_pid())
         before = agent.memory_info().rss
         peak = 0
@@ -199,7 +200,7 @@ async def test_two_gigabytes_of_output_and_a_million_files(tmp_path: Path) -> No
             nonlocal peak
             peak = max(peak, agent.memory_info().rss)
             sql = f"SELECT count(*) FROM job WHERE state IN {tuple(FINAL)}"
-            return server.query(sql) == [(len(jobs),)]
+            return server.query(sql) == [(len(jobs) + 1,)]
 
         ids = [await server.upload(job.script) for job in jobs.values()]
         await eventually(look, "all end", seconds=900)

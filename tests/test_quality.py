@@ -125,3 +125,13 @@ def test_the_ci_runs_the_test_command_of_the_readme() -> None:
     command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
     assert command in readme
     assert (PROJECT / ".ci" / "run").read_text().endswith(f"{command}\n")
+
+
+def test_every_test_that_the_fault_matrix_names_is_there() -> None:
+    text = (PROJECT / "docs" / "reliability.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    tests = "".join(path.read_text() for path in (PROJECT / "tests").rglob("*.py"))
+    assert named
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+    for path in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (PROJECT / path).exists(), path
