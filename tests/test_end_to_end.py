@@ -362,3 +362,7 @@ async def test_a_server_that_can_not_start_says_why(
     assert code == 2
     assert words in output
     assert b"Traceback" not in output
+
+
+async def test_a_server_that_has_nothing_to_do_is_small(bare_server: Server) -> None:
+    assert psutil.Process(bare_server.pid).memory_info().rss < 80 * 1024 * 1024
