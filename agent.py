@@ -362,47 +362,40 @@ class Agent:
 
     async def _remove(self, held: _Held) -> None:
         try:
-            await asyncio.to_thread(held.directory.remove)
+            await held.directory.remove()
         except OSError:
             # the next start of the agent tries again
             log.exception("event=remove_failed attempt=%d", held.id)
 
     async def _run_job(self, held: _Held) -> None:
         directory = held.directory
+        if held.phase is not AttemptPhase.FINISHED:
+            directory.check_boot()
         if held.phase is AttemptPhase.RECEIVING:
             await self._receive_input(held)
             self._enter(held, AttemptPhase.ACCEPTED)
-        elif held.phase is AttemptPhase.ACCEPTED:
-            await asyncio.to_thread(directory.accept_input)  # the machine may have gone down
         if held.phase is AttemptPhase.ACCEPTED:
             await directory.start(self._launcher)
             self._enter(held, AttemptPhase.RUNNING)
         if held.phase is AttemptPhase.RUNNING:
             ended = await _end_of_job(held)
             held.is_ending = True  # from here on there is nothing to kill
-            held.finished = await asyncio.to_thread(directory.finish, ended)
+            held.finished = await directory.finish(ended)
             self._enter(held, AttemptPhase.FINISHED)
         else:
             held.finished = await asyncio.to_thread(directory.report)
             self._enter(held, AttemptPhase.FINISHED)
 
     async def _end_job(self, held: _Held) -> None:
-        directory = await self._ensure_directory(held)
+        directory = await _existing(held.directory)
         ended = await directory.kill()
         if directory.phase() is AttemptPhase.RUNNING and held.phase is AttemptPhase.ACCEPTED:
             self._enter(held, AttemptPhase.RUNNING)  # it was started before the kill came
-        held.finished = await asyncio.to_thread(directory.finish, ended)
+        held.finished = await directory.finish(ended)
         self._enter(held, AttemptPhase.FINISHED)
 
-    async def _ensure_directory(self, held: _Held) -> runner.JobDirectory:
-        if not held.directory.path.exists():
-            held.directory = await asyncio.to_thread(
-                runner.JobDirectory.create, self._attempts_path, held.directory.assign
-            )
-        return held.directory
-
     async def _receive_input(self, held: _Held) -> None:
-        directory = await self._ensure_directory(held)
+        directory = await _existing(held.directory)
         transfer = protocol.transfer_id(held.id, Stream.INPUT)
         while directory.input_offset < directory.input_size:
             frame = await held.input.get()
@@ -410,9 +403,9 @@ class Agent:
                 continue  # repeated
             if frame.offset > directory.input_offset:
                 raise protocol.ProtocolError(f"attempt {held.id}: a gap in the input")
-            await asyncio.to_thread(directory.write_input, frame.data)
+            await directory.write_input(frame.data)
             self._put(protocol.Acknowledge(transfer, directory.input_offset))
-        await asyncio.to_thread(directory.accept_input)
+        await directory.accept_input()
 
     def _enter(self, held: _Held, phase: AttemptPhase) -> None:
         held.phase = phase
@@ -445,15 +438,11 @@ class Agent:
     def _report_result(self, held: _Held, offset: int) -> None:
         if self._outbox is None or held.finished is None:
             return
-        directory, size = held.directory, held.finished.result_size
-
-        async def source(position: int) -> bytes:
-            return await asyncio.to_thread(directory.read_result, position)
-
+        size = held.finished.result_size
         self._outbox.put(held.finished)
         if offset < size:
             transfer = protocol.transfer_id(held.id, Stream.RESULT)
-            self._outbox.open(transfer, source, offset, size)
+            self._outbox.open(transfer, held.directory.read_result, offset, size)
 
 
 async def _end_of_job(held: _Held) -> runner.Exit:
@@ -463,6 +452,12 @@ async def _end_of_job(held: _Held) -> runner.Exit:
         return await held.directory.wait()
     finally:
         following.cancel()
+
+
+async def _existing(directory: runner.JobDirectory) -> runner.JobDirectory:
+    if not directory.path.exists():
+        await directory.create()
+    return directory
 
 
 class _ConnectionEnded(Exception):

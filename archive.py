@@ -130,9 +130,10 @@ class ZipWriter:
         if second:
             self._write(member.local_header())
             self._write_pieces(member, itertools.chain((first, second), pieces))
-            self._target.flush()
             # now with sizes and check sum
-            os.pwrite(self._target.fileno(), member.local_header(), member.offset)
+            self._target.seek(member.offset)
+            self._target.write(member.local_header())
+            self._target.seek(self._end)
         else:
             data = _deflated(first) if member.method == _DEFLATED else first
             member.crc, member.size, member.compressed = zlib.crc32(first), len(first), len(data)
@@ -177,10 +178,14 @@ class ZipWriter:
 @contextmanager
 def new_zip(path: Path) -> Iterator[ZipWriter]:
     """Write a ZIP at ``path``, and scratch beside it; whole when the block has ended."""
-    with (
-        open(path, "wb") as target,
-        tempfile.SpooledTemporaryFile(_DIRECTORY_BYTES_IN_MEMORY, dir=str(path.parent)) as spool,
-    ):
+    with open(path, "wb") as target, zip_into(target, path.parent) as writer:
+        yield writer
+
+
+@contextmanager
+def zip_into(target: BinaryIO, scratch: Path) -> Iterator[ZipWriter]:
+    """Write a ZIP into ``target``, whole when the block has ended; ``scratch`` is a directory."""
+    with tempfile.SpooledTemporaryFile(_DIRECTORY_BYTES_IN_MEMORY, dir=str(scratch)) as spool:
         writer = ZipWriter(target, spool)
         yield writer
         writer.close()

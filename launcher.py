@@ -1,8 +1,9 @@
 """How an agent starts supervisors: through its fork server, which it keeps running.
 
 A supervisor holds the write end of a pipe, its *life line*, for as long as it lives: one
-byte tells that the job runs, end of file that the supervisor is gone. So no request can be
-lost unnoticed, whether the fork server died before it, in it or after it.
+byte tells that the job runs, another that nothing of it is left, end of file that the
+supervisor is gone. So no request can be lost unnoticed, whether the fork server died before
+it, in it or after it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ log = logging.getLogger("orchestrator.launcher")
 
 _FORK_SERVER = Path(__file__).with_name("forkserver.py")
 _CLOSE_SECONDS = 1.0
+_JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # see supervisor.py
+_WORDS_BYTES = 16  # more than is ever said
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class LifeLine:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._job_runs = False
+        self._nothing_left = False
         self._first_word = asyncio.Event()
         self._end = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -56,9 +60,10 @@ class LifeLine:
         await self._first_word.wait()
         return self._job_runs
 
-    async def ended(self) -> None:
-        """Wait until the supervisor is gone."""
+    async def nothing_left(self) -> bool:
+        """Wait for the end of the job (True) or of its supervisor, which left processes behind."""
         await self._end.wait()
+        return self._nothing_left
 
     def close(self) -> None:
         """Listen no more; the supervisor goes on."""
@@ -68,9 +73,10 @@ class LifeLine:
             self._end.set()
 
     def _on_readable(self) -> None:
-        if os.read(self._descriptor, 1):
-            self._job_runs = True
-        else:
+        words = os.read(self._descriptor, _WORDS_BYTES)
+        self._job_runs |= _JOB_RUNS in words
+        self._nothing_left |= _NOTHING_LEFT in words
+        if self._nothing_left or not words:
             self.close()
         self._first_word.set()
 

@@ -3,16 +3,20 @@
 Everything that must be known after a restart of the agent lies in the attempt's
 directory; the files there say how far the attempt is:
 
-    attempt.json   the Assign message         (the attempt is held)
+    attempt.json   the Assign message, the boot   (the attempt is held)
     job/           the working directory      (being filled, then the job's own)
-    accepted       the input is whole
-    process        pid, start time and boot of the supervisor   (the job was started)
+    exit.new       space for what follows     (the input is whole)
+    process        pid and start time of the supervisor   (the job was started)
     kill           the agent wants it ended
     exit           how the job ended
-    result.zip     the archive
+    result.zip     the archive, if it is not little
     finished.json  the Finished message       (the archive is whole)
 
-The functions block on files; callers that must not wait use a thread.
+Nothing is synced: all this is for a successor of the agent's process. After a restart of
+the machine an attempt counts as lost, unless its archive has the digest of its report.
+
+A little work on files is done at once, as it takes less time than the way to a thread and
+back; the rest in threads, so that heartbeats pass.
 """
 
 from __future__ import annotations
@@ -21,14 +25,16 @@ import asyncio
 import ctypes
 import enum
 import errno
+import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
 import os
 import signal
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +42,7 @@ from typing import IO
 
 import archive
 import protocol
+from archive import ZipWriter
 from launcher import Launcher, LaunchRequest, LifeLine
 from protocol import Assign, AttemptPhase, Finished, JobState, OutputLimits
 
@@ -45,6 +52,9 @@ _DIRECTORY_VARIABLE = "ORCHESTRATOR_JOB_DIRECTORY"
 _KILL_PAUSE_SECONDS = 0.01
 _RECORD_BYTES = 256  # see supervisor.py
 _START_TRIES = 3
+_FEW_FILES = 50
+_LONGEST_FILE_ENTRY = 1024  # bytes of attempt.json
+_LITTLE_BYTES = 64 * 1024
 _TRIM_BYTES = 1024 * 1024  # a smaller gap, or one that grew by less, is not worth a call
 _PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01  # fallocate(2)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -107,7 +117,6 @@ class Exit:
 class _ProcessIdentity:
     pid: int
     start: int
-    boot: str
 
 
 class JobDirectory:
@@ -117,20 +126,24 @@ class JobDirectory:
         self.path = path
         self.assign = assign
         self._input_offset = 0
+        self._is_of_this_boot = True
         self._life_line: LifeLine | None = None
+        self._little_archive: bytes | None = None
 
     # --- making and finding
 
-    @classmethod
-    def create(cls, root: Path, assign: Assign) -> JobDirectory:
+    async def create(self) -> None:
         """Make the directory of a new attempt. Raises :class:`JobInvalid` for unsafe names."""
-        _check_names(assign)
-        path = root / str(assign.attempt_id)
-        _remove_tree(path)  # of an agent that died before it had written attempt.json
-        path.mkdir(parents=True, mode=0o700)
-        (path / "job").mkdir()
-        _write_atomically(path / "attempt.json", protocol.encode(assign))
-        return cls(path, assign)
+        _check_names(self.assign)
+        self._input_offset = 0
+        await _promptly(len(self.assign.files) * _LONGEST_FILE_ENTRY, self._make)
+
+    def _make(self) -> None:
+        _remove_tree(self.path)  # of an agent that died before it had written attempt.json
+        self.path.mkdir(parents=True, mode=0o700)
+        (self.path / "job").mkdir()
+        text = f"{protocol.encode(self.assign)}\n{_boot_id()}\n"
+        _write_atomically(self.path / "attempt.json", text)
 
     @classmethod
     def find_all(cls, root: Path) -> list[JobDirectory]:
@@ -142,14 +155,16 @@ class JobDirectory:
                 _try_to_remove(path)
                 continue
             try:
-                message = protocol.decode((path / "attempt.json").read_text(encoding="utf-8"))
-            except (OSError, protocol.ProtocolError) as error:
+                text, boot = (path / "attempt.json").read_text(encoding="utf-8").splitlines()
+                message = protocol.decode(text)
+            except (OSError, ValueError, protocol.ProtocolError) as error:
                 log.warning("event=directory_removed path=%s error=%r", path, str(error))
                 _try_to_remove(path)
                 continue
             if isinstance(message, Assign):
                 directory = cls(path, message)
                 directory._input_offset = directory._measure_input()
+                directory._is_of_this_boot = boot == _boot_id()
                 found.append(directory)
         return found
 
@@ -159,12 +174,28 @@ class JobDirectory:
             return AttemptPhase.FINISHED
         if (self.path / "process").exists():
             return AttemptPhase.RUNNING
-        if (self.path / "accepted").exists():
+        if (self.path / "exit.new").exists():
             return AttemptPhase.ACCEPTED
         return AttemptPhase.RECEIVING
 
-    def remove(self) -> None:
+    def check_boot(self) -> None:
+        """Raise :class:`JobLost` if the machine was restarted since the attempt came.
+
+        Nothing but a finished result, which has a digest, can be trusted then: nothing is
+        synced, so the job may have been started, or have ended, without a trace or with half
+        of its files.
+        """
+        if not self._is_of_this_boot:
+            raise JobLost("the machine was restarted before the job had finished")
+
+    async def remove(self) -> None:
         """Remove everything."""
+        if self._little_archive is not None:
+            self._remove()
+        else:
+            await asyncio.to_thread(self._remove)
+
+    def _remove(self) -> None:
         # renamed first: half a directory must not be taken for an attempt after a crash
         doomed = self.path.with_name(self.path.name + _REMOVED_SUFFIX)
         with suppress(FileNotFoundError):
@@ -183,8 +214,11 @@ class JobDirectory:
         """How many bytes of the input, taken as one stream, are here."""
         return self._input_offset
 
-    def write_input(self, data: bytes) -> None:
+    async def write_input(self, data: bytes) -> None:
         """Append to the input stream, which fills the files in their order."""
+        await _promptly(len(data), self._write_input, data)
+
+    def _write_input(self, data: bytes) -> None:
         start = 0
         for file in self.assign.files:
             end = start + file.size
@@ -198,8 +232,11 @@ class JobDirectory:
         if data:
             raise protocol.ProtocolError(f"attempt {self.assign.attempt_id}: too much input")
 
-    def accept_input(self) -> None:
+    async def accept_input(self) -> None:
         """Check the whole input and mark it as accepted. Raises :class:`JobLost` if it is wrong."""
+        await _promptly(self.input_size, self._accept_input)
+
+    def _accept_input(self) -> None:
         for file in self.assign.files:
             path = self.path / "job" / file.name
             if file.size == 0:
@@ -211,7 +248,6 @@ class JobDirectory:
         # space for the exit record, which the supervisor writes over it: a full disk must not
         # make a job that has ended look like one that was lost
         (self.path / "exit.new").write_bytes(b" " * _RECORD_BYTES)
-        (self.path / "accepted").touch()
 
     def _measure_input(self) -> int:
         total = 0
@@ -259,19 +295,15 @@ class JobDirectory:
         Works for a job that another agent process started. Raises :class:`JobLost` if it
         vanished without an exit record (the machine went down, or its supervisor was killed).
         """
-        identity = self._identity()
-        if self._life_line is not None:
-            await self._life_line.ended()
-        elif identity.boot == _boot_id():
-            await _end_of(identity)
+        self.check_boot()
+        if self._life_line is None:
+            await _end_of(self._identity())
+            await self._kill_leftovers()
+        elif not await self._life_line.nothing_left():
+            await self._kill_leftovers()
         record = self._exit_record()
-        if record is not None and identity.boot != _boot_id():
-            return record
-        await self._kill_leftovers()
         if record is not None:
             return record
-        if identity.boot != _boot_id():
-            raise JobLost("the machine was restarted while the job ran")
         raise JobLost(f"the job's supervisor was killed {self._supervisor_errors()}".strip())
 
     async def kill(self) -> Exit:
@@ -292,9 +324,9 @@ class JobDirectory:
         return (self.path / "kill").exists()
 
     def _signal_supervisor(self) -> None:
-        identity = self._identity()
-        if identity.boot != _boot_id():
+        if not self._is_of_this_boot:
             return
+        identity = self._identity()
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(identity.pid)
             try:
@@ -315,7 +347,7 @@ class JobDirectory:
     def _identity(self) -> _ProcessIdentity:
         try:
             record = json.loads((self.path / "process").read_text(encoding="ascii"))
-            return _ProcessIdentity(record["pid"], record["start"], record["boot"])
+            return _ProcessIdentity(record["pid"], record["start"])
         except (OSError, ValueError, KeyError) as error:
             raise JobLost(f"the record of the job's process can't be read: {error!r}") from None
 
@@ -343,13 +375,29 @@ class JobDirectory:
 
     # --- result
 
-    def finish(self, ended: Exit) -> Finished:
-        """Archive what the job left, and write down the message that reports it."""
-        limits = self.assign.output
-        state, outcome = _outcome(ended, self.assign)
-        excess = self._not_archived() or _excess(
-            _measure(self.path / "job", limits.result_files), limits
-        )
+    async def finish(self, ended: Exit) -> Finished:
+        """Archive what the job left, and return the message that reports it."""
+        if self._left_little():
+            return self._finish_in_memory(ended)
+        return await asyncio.to_thread(self._finish_on_disk, ended)
+
+    def _left_little(self) -> bool:
+        contents = _measure(self.path / "job", _FEW_FILES)
+        size = contents.size + sum(captured.size() for captured in self.logs())
+        return contents.files <= _FEW_FILES and size <= _LITTLE_BYTES
+
+    def _finish_in_memory(self, ended: Exit) -> Finished:
+        """Spare a little archive the disk: a successor of the agent makes it again."""
+        excess = self._excess()
+        target = io.BytesIO()
+        with archive.zip_into(target, self.path) as writer:
+            problem = _fill(writer, None if excess else self.path / "job", self.logs())
+        self._little_archive = target.getvalue()
+        digest = hashlib.sha256(self._little_archive).hexdigest()
+        return self._finished(ended, (excess, problem), len(self._little_archive), digest)
+
+    def _finish_on_disk(self, ended: Exit) -> Finished:
+        excess = self._excess()
         try:
             problem = self._archive(None if excess else self.path / "job")
         except OSError as error:
@@ -357,31 +405,43 @@ class JobDirectory:
                 raise
             excess = self._give_up_files(error)
             problem = self._archive(None)
+        size = (self.path / "result.zip").stat().st_size
+        report = self._finished(ended, (excess, problem), size, self._archive_digest())
+        _write_atomically(self.path / "finished.json", protocol.encode(report))
+        return report
+
+    def _finished(
+        self, ended: Exit, flaws: tuple[str | None, str | None], size: int, digest: str
+    ) -> Finished:
+        state, outcome = _outcome(ended, self.assign)
+        excess, _ = flaws
         if excess and state is JobState.COMPLETED:
             state = JobState.FAILED
-        report = Finished(
+        return Finished(
             attempt_id=self.assign.attempt_id,
             state=state,
             exit_code=ended.code if ended.kind is ExitKind.EXITED else None,
-            message="; ".join(part for part in (outcome, excess, problem) if part),
-            result_size=(self.path / "result.zip").stat().st_size,
-            result_sha256=self._archive_digest(),
+            message="; ".join(part for part in (outcome, *flaws) if part),
+            result_size=size,
+            result_sha256=digest,
         )
-        _write_atomically(self.path / "finished.json", protocol.encode(report))
-        return report
+
+    def _excess(self) -> str | None:
+        """Say why the job's files can't be in the result, if they can't."""
+        limits = self.assign.output
+        if (self.path / _GIVEN_UP).exists():
+            return _NO_ROOM  # found out before, perhaps before a crash
+        return _excess(_measure(self.path / "job", limits.result_files), limits)
 
     def _archive(self, top: Path | None) -> str | None:
         unfinished = self.path / "result.zip.new"
         try:
-            problem = _write_archive(unfinished, top, self.logs())
+            with archive.new_zip(unfinished) as writer:
+                problem = _fill(writer, top, self.logs())
             unfinished.rename(self.path / "result.zip")
         finally:
             unfinished.unlink(missing_ok=True)
         return problem
-
-    def _not_archived(self) -> str | None:
-        """Return the reason if the job's files were given up before, perhaps in a crash."""
-        return _NO_ROOM if (self.path / _GIVEN_UP).exists() else None
 
     def _give_up_files(self, error: OSError) -> str:
         """Remove the job's files, which the full disk has no room to archive, for the logs."""
@@ -413,8 +473,13 @@ class JobDirectory:
         with open(self.path / "result.zip", "rb") as source:
             return hashlib.file_digest(source, "sha256").hexdigest()
 
-    def read_result(self, offset: int) -> bytes:
+    async def read_result(self, offset: int) -> bytes:
         """Return one chunk of the archive."""
+        if self._little_archive is not None:
+            return self._little_archive[offset : offset + protocol.CHUNK_BYTES]
+        return await asyncio.to_thread(self._read_archive, offset)
+
+    def _read_archive(self, offset: int) -> bytes:
         with open(self.path / "result.zip", "rb") as archive:
             return os.pread(archive.fileno(), protocol.CHUNK_BYTES, offset)
 
@@ -494,6 +559,7 @@ def _start_time(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[19])  # field 22 of proc(5)
 
 
+@functools.cache
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
@@ -633,30 +699,35 @@ def _excess(contents: _Contents, limits: OutputLimits) -> str | None:
     return None
 
 
-def _write_archive(target: Path, top: Path | None, logs: Sequence[CapturedLog]) -> str | None:
+def _fill(writer: ZipWriter, top: Path | None, logs: Sequence[CapturedLog]) -> str | None:
     """Write the result: what is below ``top``, and the logs; says what had to be left out."""
     skipped = 0
     taken: set[str] = set()
-    with archive.new_zip(target) as writer:
-        for entry in archive.walk(top) if top is not None else ():
-            skipped += not archive.add_entry(writer, entry)
-            taken |= {entry.archive_name} & _LOG_NAMES.keys()
-        for captured in logs:
-            status, name = captured.status(), captured.path.name
-            if status is not None:
-                writer.add(_LOG_NAMES[name] if name in taken else name, status, captured.content())
+    for entry in archive.walk(top) if top is not None else ():
+        skipped += not archive.add_entry(writer, entry)
+        taken |= {entry.archive_name} & _LOG_NAMES.keys()
+    for captured in logs:
+        status, name = captured.status(), captured.path.name
+        if status is not None:
+            writer.add(_LOG_NAMES[name] if name in taken else name, status, captured.content())
     return f"{skipped} files or directories could not be put into the result" if skipped else None
 
 
 # --- files ------------------------------------------------------------------------
 
 
+async def _promptly(size: int, function: Callable[..., None], *arguments: object) -> None:
+    """Call a function that handles ``size`` bytes of files: here if little, else in a thread."""
+    if size <= _LITTLE_BYTES:
+        function(*arguments)
+    else:
+        await asyncio.to_thread(function, *arguments)
+
+
 def _write_atomically(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.new")
     with open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
     unfinished.rename(path)
 
 
@@ -727,11 +798,12 @@ def _free_name(directory: int, numbers: Iterator[int]) -> str:
 
 def _unlink(name: str, directory: int) -> bool:
     """Remove what is not a directory; returns False if it is one."""
-    if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-        return False
     try:
-        os.unlink(name, dir_fd=directory)
-    except PermissionError:
-        os.fchmod(directory, 0o700)
-        os.unlink(name, dir_fd=directory)
+        try:
+            os.unlink(name, dir_fd=directory)
+        except PermissionError:
+            os.fchmod(directory, 0o700)
+            os.unlink(name, dir_fd=directory)
+    except IsADirectoryError:
+        return False
     return True

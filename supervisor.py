@@ -20,6 +20,7 @@ WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 """The signals that a supervisor waits for; they are blocked before it is forked."""
 
 _PR_SET_CHILD_SUBREAPER = 36
+_JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # said on the life line
 _STORM_PAUSE = 0.002
 _RECORD_BYTES = 256  # of every record; white space after JSON is no part of it
 _PROC_FILE_BYTES = 4096  # more than proc(5) has in the files that are read here
@@ -28,8 +29,6 @@ _CANNOT_START = 127  # the shell's exit code for a program that can't be run
 
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 _inherited = dict(os.environ)
-with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as _file:
-    _boot = _file.read().strip()
 
 
 def supervise(
@@ -41,8 +40,12 @@ def supervise(
 ) -> None:
     """Run one job to its end.
 
-    ``variables`` are added to the environment; ``timeout`` and ``grace`` are seconds.
-    One byte on ``life_line`` tells that the job runs; that the supervisor ends, its closing.
+    ``variables`` are added to the environment; ``timeout`` and ``grace`` are seconds. On
+    ``life_line`` one byte tells that the job runs, another that it has ended and left no
+    process; its closing, that this process is gone, however it went.
+
+    Nothing is synced. The records are for a successor of the agent; after a restart of the
+    machine they would prove nothing, as the files of the job were not synced either.
     """
     os.chdir(directory)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -56,8 +59,7 @@ def supervise(
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     deadline = None if timeout is None else time.monotonic() + timeout
     job = _start_job({**_inherited, **variables})
-    with contextlib.suppress(OSError):  # the agent died meanwhile; its successor finds us
-        os.write(life_line, b"1")
+    _tell(life_line, _JOB_RUNS)
     record = _wait(job, deadline) if job else {"kind": "exited", "code": _CANNOT_START}
     if record["kind"] in ("exited", "signalled"):
         # before the rest of the tree is ended: a crash from here on must not repeat the job
@@ -65,12 +67,18 @@ def supervise(
     _end_tree(grace)
     if record["kind"] in ("timeout", "killed"):
         _write_atomically("exit", record)
+    _tell(life_line, _NOTHING_LEFT)
+
+
+def _tell(life_line: int, word: bytes) -> None:
+    with contextlib.suppress(OSError):  # the agent died meanwhile; its successor finds us
+        os.write(life_line, word)
 
 
 def _claim() -> bool:
     """Be the one supervisor of this directory, for ever; link(2) decides."""
     name = f"process.{os.getpid()}"
-    identity = {"pid": os.getpid(), "start": _start_time("self"), "boot": _boot}
+    identity: dict[str, object] = {"pid": os.getpid(), "start": _start_time("self")}
     _write(name, identity)
     try:
         os.link(name, "process")
@@ -78,7 +86,6 @@ def _claim() -> bool:
         return False
     finally:
         os.unlink(name)
-    _sync_directory()
     return True
 
 
@@ -242,7 +249,6 @@ def _write(name: str, content: dict[str, object]) -> None:
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, json.dumps(content).ljust(_RECORD_BYTES).encode())
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -250,12 +256,3 @@ def _write(name: str, content: dict[str, object]) -> None:
 def _write_atomically(name: str, content: dict[str, object]) -> None:
     _write(f"{name}.new", content)
     os.rename(f"{name}.new", name)
-    _sync_directory()
-
-
-def _sync_directory() -> None:
-    descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
