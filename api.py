@@ -15,7 +15,7 @@ from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
 import api_form
 import protocol
-from api_access import demand_tokens
+from api_access import TokenGate
 from api_answers import (
     UnknownJob,
     answer_errors,
@@ -64,8 +64,10 @@ def make_application(
     jobs = JobHandlers(store, dispatcher)
     output = OutputHandlers(store)
     events = EventHandlers(store)
-    guards = [refuse_strangers(settings), demand_tokens(store)]
+    gate = TokenGate(store)
+    guards = [refuse_strangers(settings), gate.middleware()]
     application = web.Application(middlewares=[note_route, answer_errors, *guards])
+    application.on_cleanup.append(gate.close)
     application.on_response_prepare.append(_add_security_headers)
     swagger = SwaggerFile(
         application,

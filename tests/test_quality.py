@@ -49,7 +49,7 @@ MAY_IMPORT = {
         *("protocol", "store", "zip_members"),
         *("api_answers", "api_jobs", "api_ranges"),
     },
-    "api_access": {"access", "store", "api_answers"},
+    "api_access": {"access", "database", "store", "api_answers"},
     "api_submit": {
         *("protocol", "store", "config"),
         *("api_answers", "api_access", "api_form"),
