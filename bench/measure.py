@@ -72,6 +72,11 @@ class Figure:
     target: Target | None = None
     note: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse a figure of nothing, so that it fails its benchmark and not the whole report."""
+        if not self.samples or (self.floor is not None and not self.floor.samples):
+            raise BenchmarkError(f"{self.benchmark}, {self.what}: nothing was measured")
+
     @property
     def median(self) -> float:
         """The middle sample."""
