@@ -31,11 +31,8 @@ AFTER, COMMITTED = "after", "committed"
 POINTS = {
     "an upload, before its commit": (r"INSERT INTO job\b", AFTER, 2),
     "an upload, between commit and answer": (r"INSERT INTO job\b", COMMITTED, 2),
-    "bytes of an upload": (r"INSERT INTO chunk\b", AFTER, 2),
-    "bytes of an upload, committed": (r"INSERT INTO chunk\b", COMMITTED, 2),
-    "dispatching": (r"INSERT INTO attempt\b", AFTER, 2),
+    "bytes of an upload": (r"INSERT INTO chunk\b", COMMITTED, 2),
     "dispatching, before the agent is told": (r"INSERT INTO attempt\b", COMMITTED, 2),
-    "bytes of a result": (r"UPDATE blob SET size\b", AFTER, 2),
     "bytes of a result, before they are acknowledged": (r"UPDATE blob SET size\b", COMMITTED, 2),
     "the end of a job": (r"UPDATE blob SET state = 'sealed', sha256", AFTER, 1),
     "the end of a job, before the agent is told": (
@@ -44,13 +41,12 @@ POINTS = {
 }
 
 RETENTION_POINTS = {
-    "cleaning": (r"UPDATE attempt SET result_blob = NULL", AFTER, 3),
-    "cleaning, committed": (r"UPDATE attempt SET result_blob = NULL", COMMITTED, 1),
-    "erasing": (r"DELETE FROM chunk\b", AFTER, 2),
-    "erasing, committed": (r"DELETE FROM chunk\b", COMMITTED, 2),
+    "cleaning": (r"UPDATE attempt SET result_blob = NULL", COMMITTED, 1),
+    "erasing": (r"DELETE FROM chunk\b", COMMITTED, 2),
     "giving pages back": (r"incremental_vacuum", AFTER, 1),
     "carrying the WAL into the file": (r"wal_checkpoint", AFTER, 1),
 }
+"""Points that are killed within a transaction as well are SQLite's own promise; one is enough."""
 
 
 @contextlib.contextmanager
@@ -84,7 +80,7 @@ class Client:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _upload(self) -> None:
-        content = os.urandom(600_000)
+        content = os.urandom(400_000)
         form = aiohttp.FormData()
         script = f"echo $ORCHESTRATOR_JOB_ID >> {self.witness}\ncat data data data > thrice\n"
         form.add_field("file", script, filename="run.sh")
@@ -127,9 +123,9 @@ async def test_a_server_killed_at_any_point_of_a_jobs_way_and_of_retention_loses
         for name, point in POINTS.items():
             server.through = killed_at(point)
             await server.launch("--no-agent")
-            await client.upload(4)
+            await client.upload(3)
             with noted(name):
-                assert await server.wait_ended() == -signal.SIGKILL
+                assert await server.wait_ended(60) == -signal.SIGKILL
         server.through = ()
         await server.start("--no-agent")
         await client.check()
@@ -142,7 +138,7 @@ async def test_a_server_killed_at_any_point_of_a_jobs_way_and_of_retention_loses
             server.through = killed_at(point)
             await server.launch("--no-agent")
             with noted(name):
-                assert await server.wait_ended() == -signal.SIGKILL
+                assert await server.wait_ended(60) == -signal.SIGKILL
         server.through = ()
         await server.start("--no-agent")
         cleaned = "SELECT count(*) FROM job WHERE state != 'Cleaned'"
