@@ -404,7 +404,8 @@ class Agent:
             if frame.offset > directory.input_offset:
                 raise protocol.ProtocolError(f"attempt {held.id}: a gap in the input")
             await directory.write_input(frame.data)
-            self._put(protocol.Acknowledge(transfer, directory.input_offset))
+            if directory.input_offset < directory.input_size:  # else Accepted says it
+                self._put(protocol.Acknowledge(transfer, directory.input_offset))
         await directory.accept_input()
 
     def _enter(self, held: _Held, phase: AttemptPhase) -> None:
