@@ -14,7 +14,7 @@ from config import MAX_UPLOAD_BYTES
 from database import StoreError, StoreFull
 from dispatch import AlreadyFinal
 from events import Transition
-from store import InputGone, JobStatus, KeyReused, QueueFull
+from records import InputGone, JobStatus, KeyReused, QueueFull
 
 log = logging.getLogger("orchestrator.api")
 

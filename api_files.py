@@ -27,7 +27,8 @@ from api_answers import (
 )
 from api_ranges import RangeNotSatisfiable, failed_condition, requested_part
 from protocol import JobState
-from store import JobStatus, Store, StoredFile, StoredResult
+from records import JobStatus, StoredFile, StoredResult
+from store import Store
 from zip_members import Archive, DamagedArchive, Member
 
 _STEP_BYTES = 512 * 1024

@@ -15,7 +15,8 @@ from aiohttp import BodyPartReader, MultipartReader, hdrs, web
 import protocol
 from api_answers import BadRequest, ClientStalled, UploadTooLarge
 from config import LONGEST_TIMEOUT, MAX_UPLOAD_BYTES, ServiceLimits, Settings
-from store import JobRequest, Upload
+from records import JobRequest
+from store_upload import Upload
 
 _READ_BYTES = 256 * 1024
 _FIELD_BYTES = 4096

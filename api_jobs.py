@@ -18,7 +18,8 @@ from api_form import checked_user_id
 from dispatch import Dispatcher
 from events import FeedClosed, Lagged, Subscription, Transition
 from protocol import ACTIVE_STATES, JobState
-from store import AttemptRecord, JobDetails, JobFilter, JobStatus, JobSummary, Line, Store
+from records import AttemptRecord, JobDetails, JobFilter, JobStatus, JobSummary, Line
+from store import Store
 
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
 _LONGEST_WAIT_SECONDS = 300

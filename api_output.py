@@ -11,7 +11,8 @@ from api_answers import BadRequest, Conflict, UnknownJob, job_id_of
 from api_connection import ended_by_disconnection
 from events import FeedClosed, Lagged, Output, Transition
 from protocol import ACTIVE_STATES, JobState, Stream
-from store import OutputPiece, Store, Writing
+from records import OutputPiece, Writing
+from store import Store
 
 _STREAMS: Mapping[str, Stream] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _SWITCH: Mapping[str, bool] = {"0": False, "1": True}

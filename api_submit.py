@@ -23,7 +23,9 @@ from api_answers import (
 )
 from config import MAX_UPLOAD_BYTES, SettingsInForce
 from protocol import JobState
-from store import JobRequest, JobStatus, Store, Submission, Upload
+from records import JobRequest, JobStatus, Submission
+from store import Store
+from store_upload import Upload
 
 log = logging.getLogger("orchestrator.api")
 

@@ -22,8 +22,7 @@ from config import ServiceLimits, Settings, SettingsInForce
 from database import StoreFull, StoreUnavailable
 from events import AgentChangeKind, Event, Transition
 from protocol import ProtocolError, Stream
-from scheduler import Counts, FairQueue, FreeSlots
-from store import (
+from records import (
     ActiveJob,
     Assignment,
     IllegalTransition,
@@ -35,10 +34,11 @@ from store import (
     OutputPiece,
     QueuedJob,
     ResultMismatch,
-    Store,
     StoredFile,
     Superseded,
 )
+from scheduler import Counts, FairQueue, FreeSlots
+from store import Store
 
 log = logging.getLogger("orchestrator.dispatch")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from events import Event, Transition
 from metrics import Counter, Family, Histogram
 from protocol import FINAL_STATES, JobState
-from store import JobTimes
+from records import JobTimes
 
 _RECENT_JOBS = 100
 _LAG_PAUSE_SECONDS = 1.0

@@ -31,15 +31,8 @@ from config import AccessLog, ConfigError, LogFormat, Settings, SettingsInForce
 from database import StoreError, StoreFull, StoreRefused, StoreUnavailable
 from dispatch import Dispatcher
 from instruments import Instruments
-from store import (
-    Store,
-    back_up,
-    check,
-    create_token,
-    list_tokens,
-    read_agent_token,
-    revoke_token,
-)
+from store import Store
+from store_beside import back_up, check, create_token, list_tokens, read_agent_token, revoke_token
 
 log = logging.getLogger("orchestrator")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from config import ServiceLimits
 from events import Transition
 from protocol import ACTIVE_STATES, JobState
-from store import Line
+from records import Line
 
 # --- whose turn it is -------------------------------------------------------------
 

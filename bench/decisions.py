@@ -13,8 +13,8 @@ import sys
 import time
 
 from config import ServiceLimits
+from records import Line
 from scheduler import FairQueue
-from store import Line
 
 _SERVICE = "example"
 _BATCH = 100

@@ -18,7 +18,7 @@ import access
 import api
 import orchestrator
 from access import Role, Token, is_for_bound_tokens, needed_role
-from store import create_token, revoke_token
+from store_beside import create_token, revoke_token
 from tests.harness import PROJECT, Answer, Server, curl, run, running_server
 
 

@@ -39,6 +39,7 @@ async def test_a_backup_of_a_busy_server_is_whole_and_can_be_served(
     code, output = await orchestrator("check", target)
     assert (code, "0 problems" in output) == (0, True), output
     async with running_server(tmp_path / "restored", "--db", str(target)) as restored:
+        restored.database = target
         assert (await restored.result(job_id)).read("copy") == content
 
 

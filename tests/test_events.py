@@ -9,7 +9,7 @@ import pytest
 
 from events import Feed, Lagged, Transition
 from protocol import JobState
-from store import IllegalTransition
+from records import IllegalTransition
 from tests.test_store import begin, make_job, opened, report
 
 

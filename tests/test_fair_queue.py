@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from config import ServiceLimits
 from events import Transition
 from protocol import ACTIVE_STATES, JobState
+from records import Line
 from scheduler import Counts, FairQueue, FreeSlots
-from store import Line
 
 _LIMITS = {"dock": ServiceLimits(runs_per_user=2, max_runs=3), "fold": ServiceLimits(1, 5)}
 _SERVICES = sorted(_LIMITS)

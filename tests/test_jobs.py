@@ -20,10 +20,10 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import api
 import config
-import store as store_module
+import store_search
 from dispatch import Dispatcher
 from protocol import JobState
-from store import JobFilter, JobSummary
+from records import JobFilter, JobSummary
 from tests.harness import (
     POLL_SECONDS,
     AgentProcess,
@@ -188,8 +188,8 @@ async def test_pages_of_a_list_hold_every_job_that_is_asked_for_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # so that a hundred jobs are more than one page may look at
-    monkeypatch.setattr(store_module, "_EXAMINE_JOBS", 30)
-    monkeypatch.setattr(store_module, "_EXAMINE_AT_ONCE", 7)
+    monkeypatch.setattr(store_search, "_EXAMINE_JOBS", 30)
+    monkeypatch.setattr(store_search, "_EXAMINE_AT_ONCE", 7)
     jobs = await _fill(tmp_path / "orchestrator.db", seed=1, count=100)
     chance = random.Random(2)
     async with opened(tmp_path / "orchestrator.db") as store:
@@ -215,11 +215,11 @@ async def test_no_list_reads_the_whole_table(tmp_path: Path) -> None:
             *(JobFilter(), JobFilter(user_id=1), JobFilter(service="x"), JobFilter(tags=TAGS[1])),
             *(JobFilter(states=frozenset({state})) for state in STATES),
         ]:
-            parameters = {**store_module._parameters_of(wanted), **place}
-            for sql in (store_module._candidates_for(wanted), store_module._MATCHING_JOBS):
+            parameters = {**store_search._parameters_of(wanted), **place}
+            for sql in (store_search._candidates_for(wanted), store_search._MATCHING_JOBS):
                 plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
                 assert not [step for step in plan if re.match("SCAN (job|tag|attempt)", step)], plan
-        sql = store_module._candidates_for(JobFilter(user_id=1))
+        sql = store_search._candidates_for(JobFilter(user_id=1))
         plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
         assert plan == ["SEARCH job USING COVERING INDEX job_user (user_id=? AND id>? AND id<?)"]
 

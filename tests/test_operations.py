@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from instruments import JobInstruments
 from metrics import Counter, Histogram, exposition
-from store import JobTimes
+from records import JobTimes
 from tests.harness import AgentProcess, Server, curl, run, running_server
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-import store as store_module
+import schema
 from database import Database, StoreFull, StoreRefused, checkpoint
 from protocol import CHUNK_BYTES, Finished, JobState, Stream
-from store import (
+from records import (
     Assignment,
     IllegalTransition,
     InputGone,
@@ -31,11 +31,10 @@ from store import (
     QueuedJob,
     QueueFull,
     ResultMismatch,
-    Store,
     Superseded,
-    check,
-    read_agent_token,
 )
+from store import Store
+from store_beside import check, read_agent_token
 
 NO_LIMIT = 1_000_000
 
@@ -198,7 +197,7 @@ async def test_a_newer_file_a_foreign_file_and_a_damaged_file_are_refused(tmp_pa
     async with opened(newer):
         pass
     with contextlib.closing(sqlite3.connect(newer)) as db:
-        db.execute(f"PRAGMA user_version = {len(store_module.MIGRATIONS) + 1}")
+        db.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS) + 1}")
     with contextlib.closing(sqlite3.connect(foreign)) as db:
         db.execute("CREATE TABLE theirs (x)")
     damaged.write_bytes(b"not a database" * 1000)
@@ -578,10 +577,10 @@ async def test_what_a_killed_job_left_goes_with_retention_even_if_it_never_came_
 
 async def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        for statement in store_module.MIGRATIONS[0]:
+        for statement in schema.MIGRATIONS[0]:
             db.execute(statement)
         db.execute("PRAGMA user_version = 1")
-        db.execute(f"PRAGMA application_id = {store_module.APPLICATION_ID}")
+        db.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
         for job_id, user_id, state in ((1, 7, "Queued"), (2, 7, "Queued"), (3, 8, "Killed")):
             db.execute(
                 "INSERT INTO job (id, user_id, service, state, message, created_at, changed_at)"

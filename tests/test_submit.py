@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from store import check
+from store_beside import check
 from tests.harness import AgentProcess, Answer, Server, curl, eventually, running_server
 
 

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 import database
-import store as store_module
+import schema
 from store import Store
 from tests.faults.sabotage import through
 from tests.harness import POLL_SECONDS, AgentProcess, Server, eventually, lines, running_server
@@ -159,11 +159,11 @@ def _make_database(path: Path, version: int) -> None:
             return
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")
-        for statements in store_module.MIGRATIONS[:version]:
+        for statements in schema.MIGRATIONS[:version]:
             for statement in statements:
                 db.execute(statement)
         db.execute(f"PRAGMA user_version = {version}")
-        db.execute(f"PRAGMA application_id = {store_module.APPLICATION_ID}")
+        db.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
         db.execute(
             "INSERT INTO job (user_id, service, state, message, created_at, changed_at)"
             " VALUES (7, 'example', 'Queued', 'kept', 1, 1)"
@@ -188,7 +188,7 @@ def _open_in_a_child(path: Path, kill_after: int) -> int:
 
 
 def _count_and_kill(kill_after: int) -> None:
-    steps = {statement for statements in store_module.MIGRATIONS for statement in statements}
+    steps = {statement for statements in schema.MIGRATIONS for statement in statements}
     left = kill_after
 
     def traced(statement: str) -> None:
@@ -209,11 +209,11 @@ async def _open_and_close(path: Path) -> None:
     await (await Store.open(str(path))).close()
 
 
-@pytest.mark.parametrize("version", range(len(store_module.MIGRATIONS)))
+@pytest.mark.parametrize("version", range(len(schema.MIGRATIONS)))
 def test_a_server_killed_at_any_statement_of_a_migration_opens_the_file_whole(
     tmp_path: Path, version: int
 ) -> None:
-    statements = sum(map(len, store_module.MIGRATIONS[version:]))
+    statements = sum(map(len, schema.MIGRATIONS[version:]))
     for kill_after in range(1, statements + 2):
         path = tmp_path / f"killed-after-{kill_after}.db"
         _make_database(path, version)
@@ -223,7 +223,7 @@ def test_a_server_killed_at_any_statement_of_a_migration_opens_the_file_whole(
             assert db.execute("PRAGMA user_version").fetchone() == (version,)
         assert _open_in_a_child(path, -1) == 0
         with contextlib.closing(sqlite3.connect(path)) as db:
-            assert db.execute("PRAGMA user_version").fetchone() == (len(store_module.MIGRATIONS),)
+            assert db.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             jobs = db.execute("SELECT user_id, message FROM job").fetchall()
             assert jobs == ([(7, "kept")] if version else [])

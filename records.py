@@ -1,0 +1,285 @@
+"""What the store takes and gives, and what it refuses: frozen records and errors."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from database import StoreError
+from protocol import FileSpec, JobState, Stream
+
+
+class Superseded(StoreError):
+    """The attempt is not the current one of its job, or the job has ended without it."""
+
+
+class IllegalTransition(StoreError):
+    """A change of state that the transition table does not allow."""
+
+
+class KeyReused(StoreError):
+    """The idempotency key stands for another request of this user."""
+
+
+class QueueFull(StoreError):
+    """The user has as many jobs in line as allowed."""
+
+
+class InputGone(StoreError):
+    """The job's input is not stored any more."""
+
+
+class ResultMismatch(StoreError):
+    """A result's bytes do not have the length or the SHA-256 that the agent announced."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """What a user sees of a job."""
+
+    id: int
+    state: JobState
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The jobs of one user that wait for one service: highest priority first, then lowest id."""
+
+    service: str
+    user_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job and the line in which it waits, or waited."""
+
+    id: int
+    user_id: int
+    service: str
+
+    @property
+    def line(self) -> Line:
+        """Where it waits."""
+        return Line(self.service, self.user_id)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a submitter asks for, beside the files.
+
+    ``priority`` orders the jobs of the user, the highest first. ``timeout`` in seconds, None
+    for the service's limit alone. ``tags`` are pairs of key and value, each key once.
+    ``idempotency_key`` names the request, so that it can be repeated without a second job.
+    """
+
+    user_id: int
+    service: str
+    name: str = ""
+    priority: int = 0
+    timeout: int | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The job that a request brought about, now or (``is_repeated``) when it came before."""
+
+    job: QueuedJob
+    is_repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveJob:
+    """A job that an agent holds: the agent, the attempt and how far it is."""
+
+    job: QueuedJob
+    attempt_id: int
+    number: int
+    agent_id: str
+    agent_name: str
+    state: JobState
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One input file of a job and the blob that holds its bytes."""
+
+    spec: FileSpec
+    blob_id: int
+
+
+class Loss(enum.Enum):
+    """How an attempt was lost, which decides whether it counts against the allowed number."""
+
+    AGENT_AWAY = "the agent is gone; counts only if the job may have started"
+    REPORTED = "the agent tried and could not go on; counts always"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A new attempt: its job, its id, its number within the job (fencing token), its input.
+
+    ``timeout`` is what the submitter asked for, in seconds.
+    """
+
+    job: QueuedJob
+    attempt_id: int
+    number: int
+    timeout: int | None
+    files: tuple[StoredFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """A whole result archive; ``size`` in bytes."""
+
+    blob_id: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownAgent:
+    """An agent that was here once."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobTimes:
+    """When a job came, when its last attempt started (None: it never did), when it ended."""
+
+    service: str
+    created_at: float
+    started_at: float | None
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs are asked for; None and empty mean any.
+
+    ``states`` are alternatives, all ``tags`` (key, value) must be there, ``agent`` is the
+    name of one that had an attempt, ``since`` is the earliest creation in Unix seconds,
+    ``text`` stands in the message, in upper or lower case (of ASCII letters).
+    """
+
+    user_id: int | None = None
+    service: str | None = None
+    states: frozenset[JobState] = frozenset()
+    agent: str | None = None
+    since: float | None = None
+    text: str | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobSummary:
+    """A job in a list. Times in Unix seconds; attempt and agent are the current or last ones."""
+
+    id: int
+    state: JobState
+    message: str
+    user_id: int
+    service: str
+    name: str
+    priority: int
+    timeout: int | None
+    created_at: float
+    changed_at: float
+    started_at: float | None
+    finished_at: float | None
+    attempt_id: int | None
+    agent: str | None
+    tags: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """Some of the jobs asked for, newest first; older ones may follow before ``next_before``."""
+
+    jobs: tuple[JobSummary, ...]
+    next_before: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One attempt as told afterwards. Times in Unix seconds, None for what has not happened.
+
+    ``outcome`` is the state to which the end of the attempt brought the job: Queued if it was
+    lost.
+    """
+
+    id: int
+    number: int
+    agent: str
+    exit_code: int | None
+    assigned_at: float | None
+    started_at: float | None
+    ended_at: float | None
+    outcome: JobState | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobDetails:
+    """All that is known of a job but its history."""
+
+    summary: JobSummary
+    attempts: tuple[AttemptRecord, ...]
+    files: tuple[FileSpec, ...]
+    result: StoredResult | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPiece:
+    """Bytes that stand at ``start`` in what a process wrote to a stream."""
+
+    stream: Stream
+    start: int
+    data: bytes
+
+    def after(self, position: int) -> OutputPiece:
+        """Return what of it lies at or after a position."""
+        skipped = min(max(0, position - self.start), len(self.data))
+        return OutputPiece(self.stream, self.start + skipped, self.data[skipped:])
+
+
+@dataclass(frozen=True, slots=True)
+class NewOutput:
+    """Output to be added; of a stream with more than ``limit`` bytes the middle is not kept."""
+
+    pieces: tuple[OutputPiece, ...]
+    limit: int
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        return sum(len(piece.data) for piece in self.pieces)
+
+
+NO_OUTPUT = NewOutput((), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A job as the source of output: state, present attempt (None: none) and its number."""
+
+    state: JobState
+    attempt_id: int | None
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job as the statements that change it need it."""
+
+    id: int
+    user_id: int
+    service: str
+    state: JobState
+    attempts: int
+    lost_starts: int
