@@ -252,14 +252,14 @@ class Storm:
 
     async def check_a_steady_server(self) -> None:
         """A server that lives on while jobs run and agents die ends up with what it had."""
-        numbers = range(10**6, 10**6 + 60)
-        await asyncio.gather(*(self.upload(number) for number in numbers[:20]))
+        numbers = range(10**6, 10**6 + 40)
+        await asyncio.gather(*(self.upload(number) for number in numbers[:15]))
         before = await self.footprint()
         chance = self.randomness("agents of a steady server")
         async with asyncio.TaskGroup() as tasks:
-            for number in numbers[20:]:
+            for number in numbers[15:]:
                 tasks.create_task(self.upload(number))
-            for _ in range(6):
+            for _ in range(4):
                 agent = chance.choice(self.agents)
                 await agent.kill()
                 await agent.start("--slots", "4")
