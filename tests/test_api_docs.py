@@ -1,0 +1,86 @@
+"""docs/api.md: each of its examples is run as it stands there, and answers what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.harness import PROJECT, Server, run
+
+_DOCUMENT = PROJECT / "docs" / "api.md"
+_FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Commands, and what they print: ``language`` json or text, None if it is not shown."""
+
+    commands: str
+    language: str | None
+    output: str
+
+
+def _examples(document: str) -> list[Example]:
+    examples: list[Example] = []
+    for match in _FENCE.finditer(document):
+        language, text = match["language"], match["text"]
+        if language == "sh":
+            examples.append(Example(text, None, ""))
+            continue
+        assert language in ("json", "text"), language
+        assert examples and examples[-1].language is None, f"output of no command: {text}"
+        examples[-1] = Example(examples[-1].commands, language, text)
+    return examples
+
+
+def _assert_like(shown: object, actual: object, place: str) -> None:
+    """Compare shape, and the values that can't differ from run to run."""
+    if isinstance(shown, dict):
+        assert isinstance(actual, dict) and shown.keys() == actual.keys(), (place, actual)
+        for key, value in shown.items():
+            _assert_like(value, actual[key], f"{place}.{key}")
+    elif isinstance(shown, list):
+        assert isinstance(actual, list) and bool(shown) == bool(actual), (place, actual)
+        for value in shown[:1]:
+            _assert_like(value, actual[0], f"{place}[0]")
+    elif place.endswith((".status", ".message", ".reason", ".error")):
+        assert _without_numbers(str(actual)) == _without_numbers(str(shown)), (place, actual)
+    else:
+        number = (int, float)
+        kind = number if isinstance(shown, number) and type(shown) is not bool else type(shown)
+        assert isinstance(actual, kind), (place, shown, actual)
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"[0-9a-f]*[0-9][0-9a-f]*", "0", text)
+
+
+def _script(examples: list[Example], url: str, folder: Path) -> str:
+    """One shell for all, so that what an example sets the next ones have."""
+    parts = ["set -uo pipefail", f"cd '{folder}'"]
+    for number, example in enumerate(examples):
+        commands = example.commands.replace("http://localhost:5000", url)
+        commands = commands.replace(
+            "python orchestrator.py", f"{sys.executable} {PROJECT}/orchestrator.py"
+        )
+        parts.append(f"{{\n{commands}}} > out.{number} 2> err.{number}")
+        parts.append(f"[ $? = 0 ] || {{ echo 'example {number}'; cat err.{number}; exit 1; }}")
+    return "\n".join(parts)
+
+
+async def test_every_example_of_the_api_document_works_as_shown(server: Server) -> None:
+    examples = _examples(_DOCUMENT.read_text())
+    assert len(examples) > 20
+    folder = server.directory
+    code, output = await run("bash", "-c", _script(examples, server.url, folder))
+    assert code == 0, output.decode()
+    for number, example in enumerate(examples):
+        printed = (folder / f"out.{number}").read_text()
+        if example.language == "json":
+            _assert_like(json.loads(example.output), json.loads(printed), example.commands)
+        elif example.language == "text":
+            shown = _without_numbers(example.output.rstrip("\n"))
+            assert _without_numbers(printed.rstrip("\n")) == shown, example.commands
