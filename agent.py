@@ -38,6 +38,7 @@ from follower import Follower
 from inotify import WriteWatch
 from launcher import Launcher
 from protocol import AttemptPhase, Stream
+from snapshots import Snapshots, read_piece
 
 log = logging.getLogger("orchestrator.agent")
 
@@ -100,6 +101,8 @@ class Agent:
         self._launcher = Launcher(settings.workdir, runner.inherited_environment(os.environ))
         self._held: dict[int, _Held] = {}
         self._write_watch = WriteWatch()
+        self._snapshots: Snapshots
+        self._snapshot_requests: dict[int, asyncio.Task[None]] = {}
         self._outbox: Outbox | None = None
         self._heard_at = 0.0
         self._is_draining = False
@@ -116,6 +119,7 @@ class Agent:
         try:
             self._agent_id = _identity(self._settings.workdir)
             self._launcher.warm_up()
+            self._snapshots = Snapshots(self._settings.workdir / "snapshots")
             async with asyncio.TaskGroup() as self._tasks:
                 for directory in await asyncio.to_thread(
                     runner.JobDirectory.find_all, self._attempts_path
@@ -134,6 +138,7 @@ class Agent:
         finally:
             self._launcher.close()
             self._write_watch.close()
+            self._snapshots.close()
             os.close(lock)
 
     async def drain(self) -> None:
@@ -199,6 +204,9 @@ class Agent:
             raise first_failure(group) from None
         finally:
             self._outbox = None
+            for task in self._snapshot_requests.values():
+                task.cancel()
+            self._snapshot_requests.clear()
             for held in self._held.values():
                 held.follower.disconnect()
                 _empty(held.input)
@@ -256,6 +264,8 @@ class Agent:
                 if held := self._held.get(message.attempt_id):
                     self._close_transfers(held)
                     held.released.set()
+            case protocol.Snapshot() | protocol.SnapshotDone():
+                self._take_snapshot_message(message)
             case protocol.Kill():
                 self._kill(message.attempt_id)
             case protocol.Drop():
@@ -278,6 +288,41 @@ class Agent:
         """Say it if there is a connection; if not, the next one begins with a report of all."""
         if self._outbox is not None:
             self._outbox.put(message)
+
+    # --- snapshots
+
+    def _take_snapshot_message(self, message: protocol.Snapshot | protocol.SnapshotDone) -> None:
+        if present := self._snapshot_requests.pop(message.request_id, None):
+            present.cancel()
+        if isinstance(message, protocol.Snapshot) and self._outbox is not None:
+            self._snapshot_requests[message.request_id] = self._tasks.create_task(
+                self._answer_snapshot_request(message, self._outbox),
+                name=f"snapshot {message.request_id}",
+            )
+
+    async def _answer_snapshot_request(self, request: protocol.Snapshot, outbox: Outbox) -> None:
+        """Make and send a ZIP; ends by cancellation, when the server or the connection does."""
+        request_id = request.request_id
+        transfer = protocol.transfer_id(request_id, Stream.SNAPSHOT)
+        try:
+            held = self._held.get(request.attempt_id)
+            if held is None:
+                raise runner.SnapshotImpossible("the agent does not have the job any more")
+            async with self._snapshots.of(held.directory) as path:
+                if held.released.is_set() or self._held.get(held.id) is not held:
+                    raise runner.SnapshotImpossible("the job has ended meanwhile")
+
+                async def source(offset: int) -> bytes:
+                    return await asyncio.to_thread(read_piece, path, offset)
+
+                size = path.stat().st_size
+                outbox.put(protocol.SnapshotReady(request_id, size))
+                outbox.open(transfer, source, 0, size)
+                await asyncio.Event().wait()
+        except runner.SnapshotImpossible as error:
+            outbox.put(protocol.SnapshotRefused(request_id, str(error)))
+        finally:
+            outbox.close(transfer)
 
     # --- attempts
 

@@ -58,7 +58,7 @@ def make_application(
     ones if there are none).
     """
     api = _Api(store, dispatcher, settings, agent_token)
-    files = FileHandlers(store)
+    files = FileHandlers(store, dispatcher)
     submit = SubmitHandlers(store, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
     jobs = JobHandlers(store, dispatcher)
@@ -85,6 +85,7 @@ def make_application(
     swagger.add_post("/upload", submit.upload, validate=False, expect_handler=api_form.ask_for_body)
     swagger.add_get("/download/{id}", files.download, validate=False)
     swagger.add_post("/jobs/{id}/rerun", submit.rerun, validate=False)
+    swagger.add_get("/download_partial/{id}", files.download_partial, validate=False)
     swagger.add_get("/jobs/{id}/logs", output.logs, validate=False)
     swagger.add_get("/jobs/{id}/files", files.list_files, validate=False)
     swagger.add_get("/jobs/{id}/files/{path:.+}", files.get_file, validate=False)

@@ -10,6 +10,12 @@ from typing import cast
 from aiohttp import web
 
 
+def break_off(request: web.Request) -> None:
+    """Cut the connection, so that the client can tell a part of an answer from a whole one."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
 @contextmanager
 def ended_by_disconnection(request: web.Request) -> Iterator[None]:
     """Interrupt what waits inside when the client goes; raises :class:`ConnectionResetError`.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import stat
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -25,11 +26,17 @@ from api_answers import (
     job_answer,
     job_id_of,
 )
+from api_connection import break_off, ended_by_disconnection
 from api_ranges import RangeNotSatisfiable, failed_condition, requested_part
+from dispatch import Dispatcher
+from incoming import SnapshotUnavailable
 from protocol import JobState
 from records import JobStatus, StoredFile, StoredResult
 from store import Store
 from zip_members import Archive, DamagedArchive, Member
+from zip_stream import Source, zip_of
+
+log = logging.getLogger("orchestrator.api")
 
 _STEP_BYTES = 512 * 1024
 _PAGE_FILES = 1000
@@ -66,8 +73,9 @@ class _StoredDownload:
 class FileHandlers:
     """Handlers of the paths that give files."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, dispatcher: Dispatcher) -> None:
         self._store = store
+        self._dispatcher = dispatcher
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         """Answer with a completed job's result, with the status of any other."""
@@ -81,6 +89,21 @@ class FileHandlers:
         if result is None:  # retention came between
             return job_answer(JobStatus(job.id, JobState.CLEANED, ""))
         return await self._send_stored(request, _download_of(job.id, result))
+
+    async def download_partial(self, request: web.Request) -> web.StreamResponse:
+        """Answer with a ZIP of the job's files as they are now, whatever its state."""
+        job = await self._job(request)
+        if job.state is JobState.RUNNING:
+            try:
+                return await self._send_snapshot(request, job.id)
+            except SnapshotUnavailable as error:
+                job = await self._job(request)
+                if job.state is JobState.RUNNING:
+                    raise Conflict(str(error)) from None
+        result = await self._store.result(job.id)
+        if result is not None:
+            return await self._send_stored(request, _download_of(job.id, result))
+        return await self._send_input(request, job, await self._input(job))
 
     async def list_files(self, request: web.Request) -> web.StreamResponse:
         """List what a job left, or what was uploaded while (or if) it left nothing."""
@@ -149,6 +172,49 @@ class FileHandlers:
             await _write_all(request, response, pieces)
         return response
 
+    async def _send_snapshot(self, request: web.Request, job_id: int) -> web.StreamResponse:
+        """Send the files of a job that runs, as its agent has them.
+
+        Raises :class:`SnapshotUnavailable` if nothing can be sent. What breaks off later ends
+        the connection, short of the announced length.
+        """
+        response = web.StreamResponse(headers=_partial_headers(job_id))
+        if request.method == hdrs.METH_HEAD:  # to know the length would take all the work
+            await response.prepare(request)
+            return response
+        async with self._dispatcher.snapshot(job_id) as snapshot:
+            with ended_by_disconnection(request):
+                response.content_length = await snapshot.size()
+                await response.prepare(request)
+                try:
+                    await _write_all(request, response, snapshot.pieces())
+                    return response
+                except SnapshotUnavailable as error:
+                    log.info("event=snapshot_broken job=%d error=%r", job_id, str(error))
+        break_off(request)
+        return response
+
+    async def _send_input(
+        self, request: web.Request, job: JobStatus, files: tuple[StoredFile, ...]
+    ) -> web.StreamResponse:
+        """Send what was uploaded, packed on the way."""
+        uploaded = (await self._store.history(job.id))[0]
+        sources = [
+            Source(
+                file.spec.name,
+                file.spec.size,
+                partial(_read_ahead, self._store, file.blob_id, 0, file.spec.size),
+            )
+            for file in files
+        ]
+        response = web.StreamResponse(headers=_partial_headers(job.id))
+        with ExitStack() as pins:
+            for file in files:
+                pins.enter_context(self._store.pinned(file.blob_id))
+            await response.prepare(request)
+            await _write_all(request, response, zip_of(sources, uploaded.at))
+        return response
+
     async def _send_member(
         self, request: web.Request, result: StoredResult, path: str
     ) -> web.StreamResponse:
@@ -168,6 +234,14 @@ class FileHandlers:
             await response.prepare(request)
             await _write_all(request, response, archive.content(member))
         return response
+
+
+def _partial_headers(job_id: int) -> dict[str, str]:
+    return {
+        hdrs.CONTENT_TYPE: "application/zip",
+        hdrs.CONTENT_DISPOSITION: f'attachment; filename="job-{job_id}-partial.zip"',
+        hdrs.CACHE_CONTROL: "no-store",
+    }
 
 
 def _download_of(job_id: int, result: StoredResult) -> _StoredDownload:

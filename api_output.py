@@ -8,7 +8,7 @@ from typing import TypeVar
 from aiohttp import hdrs, web
 
 from api_answers import BadRequest, Conflict, UnknownJob, job_id_of
-from api_connection import ended_by_disconnection
+from api_connection import break_off, ended_by_disconnection
 from events import FeedClosed, Lagged, Output, Transition
 from protocol import ACTIVE_STATES, JobState, Stream
 from records import OutputPiece, Writing
@@ -50,13 +50,13 @@ class OutputHandlers:
         if not follow:
             response.headers["X-Next-Offset"] = str(end)
         await response.prepare(request)
-        if request.method == hdrs.METH_GET:
-            writer = _LogWriter(response, offset)
-            if follow:
-                await self._follow(request, writer, job_id, stream)
-            else:
-                await self._send_stored(writer, writing, stream, end)
-        await response.write_eof()
+        if request.method == hdrs.METH_HEAD:
+            return response
+        writer = _LogWriter(response, offset)
+        if follow:
+            await self._follow(request, writer, job_id, stream)
+        else:
+            await self._send_stored(writer, writing, stream, end)
         return response
 
     async def _end_of(self, writing: Writing, stream: Stream) -> int:
@@ -81,17 +81,15 @@ class OutputHandlers:
     async def _follow(
         self, request: web.Request, writer: _LogWriter, job_id: int, stream: Stream
     ) -> None:
-        """Send what is stored and what comes, until the job has ended.
-
-        Raises :class:`ConnectionResetError` when the client goes, and when the server stops:
-        without its last chunk the client can tell such an answer from a whole one.
-        """
+        """Send what is stored and what comes, until the job has ended or the server stops."""
         with ended_by_disconnection(request):
             try:
                 while not await self._follow_a_while(writer, job_id, stream):
                     pass
+                return
             except FeedClosed:
-                raise ConnectionResetError("the server is stopping") from None
+                pass
+        break_off(request)
 
     async def _follow_a_while(self, writer: _LogWriter, job_id: int, stream: Stream) -> bool:
         """Catch up from the store, then take what comes from memory; True when the job has ended.

@@ -8,6 +8,7 @@ parentheses are its sections.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -18,7 +19,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -29,6 +30,8 @@ _LEVEL = 1
 _RAW = -15  # window bits of a deflate stream without a zlib header
 _DIRECTORY_BYTES_IN_MEMORY = 256 * 1024
 _NAMES_AT_A_TIME = 4096
+_CHANGED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EINVAL)
+"""How the opening of a file fails that may not be read, or is not any more what it was."""
 LONGEST_MEMBER_NAME = 65535  # bytes; the format has 16 bits for it
 
 _STORED, _DEFLATED = 0, 8
@@ -214,41 +217,66 @@ class Entry:
     status: os.stat_result
 
 
+@dataclass(slots=True)
+class _Level:
+    """A directory on the way down: which it is, where its path ends, what is still below it."""
+
+    identity: tuple[int, int]
+    path_length: int
+    below: list[str] = field(default_factory=list)
+
+
 def walk(top: Path) -> Iterator[Entry]:
     """Yield everything below ``top``, parents first, without following links.
 
     By one directory descriptor that goes down and, by way of "..", up again: neither the
     length of a path nor the depth of a tree matters. Names of files are read in portions, so
     their number does not matter either. An entry's descriptor is valid until the next entry
-    is asked for.
+    is asked for. What vanishes meanwhile is passed over, and a directory that is moved away
+    while it is read ends the walk, which would go on elsewhere.
     """
     try:
         directory = open_directory(str(top), None)
     except (FileNotFoundError, NotADirectoryError):
         return  # the job removed its own directory
-    prefix, below = "", [""]
-    levels: list[list[str]] = []  # names still to be gone down to, the present one as the last
+    path = ""
+    levels = [_Level(_identity(directory), 0)]
     try:
-        while below:
-            below = []
-            for name, status in _list(directory):
-                is_directory = stat.S_ISDIR(status.st_mode)
-                archive_name = prefix + printable(name) + ("/" if is_directory else "")
-                yield Entry(directory, name, archive_name, status)
-                if is_directory:
-                    below.append(name)
-            levels.append(below[::-1])
-            while levels and not levels[-1]:
-                levels.pop()
-                if levels:
-                    directory = _replace_directory(directory, "..")
-                    prefix = prefix.removesuffix(printable(levels[-1].pop()) + "/")
-            below = levels[-1] if levels else []
-            if below:
-                directory = _replace_directory(directory, below[-1])
-                prefix += printable(below[-1]) + "/"
+        yield from _entries(directory, path, levels[-1].below)
+        while levels:
+            level = levels[-1]
+            if level.below:
+                name = level.below.pop()
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    directory = _replace_directory(directory, name)
+                    path += printable(name) + "/"
+                    levels.append(_Level(_identity(directory), len(path)))
+                    yield from _entries(directory, path, levels[-1].below)
+                continue
+            levels.pop()
+            if levels:
+                directory = _replace_directory(directory, "..")
+                path = path[: levels[-1].path_length]
+                if _identity(directory) != levels[-1].identity:
+                    return
     finally:
         os.close(directory)
+
+
+def _entries(directory: int, path: str, below: list[str]) -> Iterator[Entry]:
+    """Yield what is in an open directory, and put the directories there into ``below``."""
+    for name, status in _list(directory):
+        is_directory = stat.S_ISDIR(status.st_mode)
+        archive_name = path + printable(name) + ("/" if is_directory else "")
+        yield Entry(directory, name, archive_name, status)
+        if is_directory:
+            below.append(name)
+    below.reverse()
+
+
+def _identity(directory: int) -> tuple[int, int]:
+    status = os.fstat(directory)
+    return status.st_dev, status.st_ino
 
 
 def _list(directory: int) -> Iterator[tuple[str, os.stat_result]]:
@@ -292,18 +320,20 @@ def add_entry(archive: ZipWriter, entry: Entry) -> bool:
     mode = entry.status.st_mode
     if len(entry.archive_name.encode()) > LONGEST_MEMBER_NAME:
         return False
-    if stat.S_ISDIR(mode):
-        archive.add(entry.archive_name, entry.status, ())
-    elif stat.S_ISLNK(mode):
-        target = os.fsencode(os.readlink(entry.name, dir_fd=entry.directory))
-        archive.add(entry.archive_name, entry.status, [target])
-    elif stat.S_ISREG(mode):
-        try:
-            source = _open_file(entry)
-        except PermissionError:
-            return False
-        with source:
-            archive.add(entry.archive_name, entry.status, read_pieces(source, entry.status.st_size))
+    try:
+        if stat.S_ISDIR(mode):
+            archive.add(entry.archive_name, entry.status, ())
+        elif stat.S_ISLNK(mode):
+            target = os.fsencode(os.readlink(entry.name, dir_fd=entry.directory))
+            archive.add(entry.archive_name, entry.status, [target])
+        elif stat.S_ISREG(mode):
+            with _open_file(entry) as source:
+                size = entry.status.st_size
+                archive.add(entry.archive_name, entry.status, read_pieces(source, size))
+    except OSError as error:
+        if error.errno not in _CHANGED:
+            raise
+        return False
     return True
 
 

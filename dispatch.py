@@ -8,10 +8,11 @@ of one agent.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -21,6 +22,7 @@ from channel import Outbox, Socket, first_failure
 from config import ServiceLimits, Settings, SettingsInForce
 from database import StoreFull, StoreUnavailable
 from events import AgentChangeKind, Event, Transition
+from incoming import IncomingSnapshot, SnapshotUnavailable
 from protocol import ProtocolError, Stream
 from records import (
     ActiveJob,
@@ -479,6 +481,22 @@ class Dispatcher:
         )
         self.forget(agent, attempt)
 
+    # --- files of jobs that run
+
+    @asynccontextmanager
+    async def snapshot(self, job_id: int) -> AsyncIterator[IncomingSnapshot]:
+        """Get the files of a job as they are now from the agent that runs it.
+
+        Raises :class:`SnapshotUnavailable` if no agent runs it, or that agent is away.
+        """
+        if job_id not in self._held:
+            raise SnapshotUnavailable("no agent runs the job at this moment; try again")
+        agent, attempt = self._held[job_id]
+        if agent.session is None or not agent.session.is_welcomed:
+            raise SnapshotUnavailable(f"agent {agent.name}, which runs the job, is away")
+        async with agent.session.snapshot(attempt) as incoming:
+            yield incoming
+
     # --- termination
 
     async def terminate(self, job_id: int) -> JobStatus | None:
@@ -576,6 +594,8 @@ class _Session:
         self._inbox_bytes: dict[int, int] = {}
         self._remains: dict[int, _Attempt] = {}
         self._tasks: asyncio.TaskGroup
+        self._snapshots: dict[int, IncomingSnapshot] = {}
+        self._snapshot_ids = itertools.count(1)
         self._closing = asyncio.Event()
         self._heard = asyncio.Event()
         self.heard_at = asyncio.get_running_loop().time()
@@ -595,6 +615,8 @@ class _Session:
             log.debug("event=connection_lost address=%s", self.address)
         finally:
             self.has_ended.set()
+            for incoming in self._snapshots.values():
+                incoming.fail("the connection to the agent ended")
 
     async def is_alive(self) -> bool:
         """Ask the agent for a sign of life and wait for it, a moment only."""
@@ -650,6 +672,22 @@ class _Session:
     def expect_remains(self, attempt: _Attempt) -> None:
         """Take what a killed attempt left when it comes; its job is over already."""
         self._remains[attempt.id] = attempt
+
+    @asynccontextmanager
+    async def snapshot(self, attempt: _Attempt) -> AsyncIterator[IncomingSnapshot]:
+        """Ask the agent for the files of an attempt as they are now."""
+        request_id = next(self._snapshot_ids)
+        transfer = protocol.transfer_id(request_id, Stream.SNAPSHOT)
+        incoming = IncomingSnapshot(
+            lambda offset: self._outbox.put(protocol.Acknowledge(transfer, offset))
+        )
+        self._snapshots[request_id] = incoming
+        self._outbox.put(protocol.Snapshot(request_id, attempt.id))
+        try:
+            yield incoming
+        finally:
+            del self._snapshots[request_id]
+            self._outbox.put(protocol.SnapshotDone(request_id))
 
     # --- life of the connection
 
@@ -815,6 +853,12 @@ class _Session:
                 | protocol.Lost()
             ):
                 self._inbox(message.attempt_id).put_nowait(message)
+            case protocol.SnapshotReady():
+                if incoming := self._snapshots.get(message.request_id):
+                    incoming.begin(message.size)
+            case protocol.SnapshotRefused():
+                if incoming := self._snapshots.get(message.request_id):
+                    incoming.fail(message.reason)
             case protocol.UnknownMessage():
                 log.info("event=unknown_message agent=%s type=%s", self._agent.name, message.type)
             case _:
@@ -824,6 +868,10 @@ class _Session:
         attempt_id, stream = protocol.transfer_parts(frame.transfer)
         if stream is Stream.INPUT:
             raise ProtocolError(f"an agent does not send {stream.name}")
+        if stream is Stream.SNAPSHOT:
+            if incoming := self._snapshots.get(attempt_id):  # else nobody wants it any more
+                incoming.put(frame)
+            return
         waiting = self._inbox_bytes.get(frame.transfer, 0) + len(frame.data)
         if waiting > protocol.WINDOW_BYTES + protocol.CHUNK_BYTES:
             raise ProtocolError(f"attempt {attempt_id}: sent more than the window allows")

@@ -300,6 +300,37 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Server wants a ZIP of the attempt's files as they are now; answers bear the request's id."""
+
+    request_id: int
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReady:
+    """Agent has made the ZIP; its ``size`` bytes follow as the SNAPSHOT transfer."""
+
+    request_id: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRefused:
+    """Agent can't give the ZIP."""
+
+    request_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDone:
+    """Server wants no more of the ZIP; the agent may remove it."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Acknowledge:
     """Receiver has everything of ``transfer`` below ``offset`` safe; opens the window."""
 
@@ -322,6 +353,10 @@ Message: TypeAlias = (
     | Stored
     | Kill
     | Drop
+    | Snapshot
+    | SnapshotReady
+    | SnapshotRefused
+    | SnapshotDone
     | Acknowledge
 )
 
@@ -475,12 +510,16 @@ _MESSAGE_PARSERS: Mapping[str, Parser] = {
 
 
 class Stream(enum.IntEnum):
-    """What of an attempt a transfer carries; the direction follows from it."""
+    """What of an attempt a transfer carries; the direction follows from it.
+
+    A SNAPSHOT is named by its request, all others by the attempt.
+    """
 
     INPUT = 0
     RESULT = 1
     STDOUT = 2
     STDERR = 3
+    SNAPSHOT = 4
     STDOUT_LIVE = 5
     STDERR_LIVE = 6
 

@@ -36,7 +36,8 @@ import os
 import signal
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,10 @@ class JobLost(Exception):
 
 class JobInvalid(Exception):
     """The job can't run anywhere; the message says why."""
+
+
+class SnapshotImpossible(Exception):
+    """The job's files can't be archived while it runs; the message says why."""
 
 
 class ExitKind(enum.StrEnum):
@@ -396,7 +401,7 @@ class JobDirectory:
         excess = self._excess()
         target = io.BytesIO()
         with archive.zip_into(target, self.path) as writer:
-            problem = _fill(writer, None if excess else self.path / "job", self.logs())
+            problem = _fill(writer, () if excess else archive.walk(self.path / "job"), self.logs())
         self._little_archive = target.getvalue()
         digest = hashlib.sha256(self._little_archive).hexdigest()
         return self._finished(ended, (excess, problem), len(self._little_archive), digest)
@@ -442,7 +447,8 @@ class JobDirectory:
         unfinished = self.path / "result.zip.new"
         try:
             with archive.new_zip(unfinished) as writer:
-                problem = _fill(writer, top, self.logs())
+                entries = () if top is None else archive.walk(top)
+                problem = _fill(writer, entries, self.logs())
             unfinished.rename(self.path / "result.zip")
         finally:
             unfinished.unlink(missing_ok=True)
@@ -456,6 +462,18 @@ class JobDirectory:
             (self.path / "job").rename(self.path / _GIVEN_UP)
         _remove_contents(self.path / _GIVEN_UP)
         return _NO_ROOM
+
+    def snapshot(self, target: Path, stop: threading.Event) -> None:
+        """Archive to ``target`` what is there now, while the job goes on; until ``stop`` is set.
+
+        What changes meanwhile may be there in a state of any moment, or be missing. Raises
+        :class:`SnapshotImpossible` if it is more than a result may be.
+        """
+        limits = self.assign.output
+        if _excess(_measure(self.path / "job", limits.result_files), limits):
+            raise SnapshotImpossible("the job's files are more, or larger, than a result may be")
+        with archive.new_zip(target) as writer:
+            _fill(writer, _until(stop, archive.walk(self.path / "job")), self.logs())
 
     def logs(self) -> tuple[CapturedLog, ...]:
         """Return the job's captured output, as far as it is."""
@@ -704,11 +722,20 @@ def _excess(contents: _Contents, limits: OutputLimits) -> str | None:
     return None
 
 
-def _fill(writer: ZipWriter, top: Path | None, logs: Sequence[CapturedLog]) -> str | None:
-    """Write the result: what is below ``top``, and the logs; says what had to be left out."""
+def _until(stop: threading.Event, entries: Iterator[archive.Entry]) -> Iterator[archive.Entry]:
+    for entry in entries:
+        if stop.is_set():
+            raise SnapshotImpossible("it is not wanted any more")
+        yield entry
+
+
+def _fill(
+    writer: ZipWriter, entries: Iterable[archive.Entry], logs: Sequence[CapturedLog]
+) -> str | None:
+    """Write the files and the logs of a job; says what had to be left out."""
     skipped = 0
     taken: set[str] = set()
-    for entry in archive.walk(top) if top is not None else ():
+    for entry in entries:
         skipped += not archive.add_entry(writer, entry)
         taken |= {entry.archive_name} & _LOG_NAMES.keys()
     for captured in logs:

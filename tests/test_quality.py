@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "scheduler": {"protocol", "events", "records", "config"},
     "dispatch": {
         *("protocol", "channel", "events", "records", "store", "database", "scheduler"),
-        "config",
+        *("incoming", "config"),
     },
+    "incoming": {"protocol"},
     "api_answers": {"events", "records", "database", "dispatch", "config"},
     "api_log": {"api_answers", "api_access", "config", "instruments"},
     "api_operations": {
@@ -59,8 +60,8 @@ MAY_IMPORT = {
     "zip_members": set[str](),
     "api_ranges": set[str](),
     "api_files": {
-        *("protocol", "records", "store", "zip_members"),
-        *("api_answers", "api_jobs", "api_ranges"),
+        *("protocol", "records", "store", "dispatch", "incoming", "zip_members", "zip_stream"),
+        *("api_answers", "api_connection", "api_jobs", "api_ranges"),
     },
     "api_access": {"access", "database", "store", "api_answers"},
     "api_submit": {
@@ -92,8 +93,10 @@ MAY_IMPORT = {
     "follower": {"protocol", "channel", "inotify", "runner"},
     "agent": {
         *("protocol", "channel", "runner", "launcher", "follower", "inotify"),
-        *("config", "logs"),
+        *("snapshots", "config", "logs"),
     },
+    "snapshots": {"protocol", "runner"},
+    "zip_stream": set[str](),
 }
 """The imports that docs/architecture.md allows."""
 
