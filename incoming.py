@@ -35,6 +35,8 @@ class IncomingSnapshot:
         if not self._size.done():
             self._size.set_exception(SnapshotUnavailable(reason))
             self._size.exception()  # whoever asked may be gone
+        while not self._frames.empty():  # what is cut off is of no use to the client
+            self._frames.get_nowait()
         self._frames.put_nowait(None)
 
     def put(self, frame: Frame) -> None:

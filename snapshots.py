@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import protocol
@@ -60,6 +60,7 @@ class Snapshots:
 
 
 def read_piece(path: Path, offset: int) -> bytes:
-    """Return one chunk of a ZIP."""
-    with open(path, "rb") as file:
+    """Return one chunk of a ZIP; nothing if it was removed, for then nobody wants it."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
         return os.pread(file.fileno(), protocol.CHUNK_BYTES, offset)
+    return b""

@@ -33,7 +33,7 @@ def opened(answer: Answer) -> zipfile.ZipFile:
 async def test_it_gives_what_there_is_in_every_state(server: Server, tmp_path: Path) -> None:
     go = tmp_path / "go"
     script = (
-        f'echo so far; mkdir d; echo half > d/f; until [ -e "{go}" ]; do sleep 0.05; done; exit 3'
+        f'mkdir d; echo half > d/f; echo so far; until [ -e "{go}" ]; do sleep 0.05; done; exit 3'
     )
     job_id = await server.upload(script, {"input.pdb": b"ATOM\n"})
     await eventually(lambda: _stored_output(server), "the job has printed")
@@ -57,7 +57,10 @@ async def test_it_gives_what_there_is_in_every_state(server: Server, tmp_path: P
     killed = await server.upload("echo before > kept; sleep 60")
     await server.wait(killed, "Running")
     await eventually(
-        lambda: bool(list(server.directory.glob("**/attempts/*/job/kept"))), "it has written"
+        lambda: any(
+            kept.stat().st_size for kept in server.directory.glob("**/attempts/*/job/kept")
+        ),
+        "it has written",
     )
     await curl("-X", "POST", f"{server.url}/terminate/{killed}")
     assert opened(await partial(server, killed)).read("kept") == b"before\n"
@@ -115,6 +118,8 @@ XX
     client.kill()
     await client.wait()
     await eventually(lambda: not any(snapshots.iterdir()), "it is gone with its client", 10)
+    assert agent.log().count("event=connected") == 1
+    assert "level=ERROR" not in server.log()
 
     got.unlink()
     asked = asyncio.create_task(run(*slow))
@@ -128,8 +133,8 @@ XX
     assert "agent one" in away.json()["message"]
 
     await agent.start()
-    await eventually(lambda: not any(snapshots.iterdir()), "left-overs are removed at the start")
     await eventually(lambda: agent.log().count("event=connected") == 2, "it is back")
+    assert not snapshots.exists()
     whole = opened(await partial(server, job_id))
     assert whole.getinfo("big").file_size == 30_000_000
     go.touch()
