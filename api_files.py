@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import stat
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack, aclosing
@@ -35,8 +34,6 @@ from records import JobStatus, StoredFile, StoredResult
 from store import Store
 from zip_members import Archive, DamagedArchive, Member
 from zip_stream import Source, zip_of
-
-log = logging.getLogger("orchestrator.api")
 
 _STEP_BYTES = 512 * 1024
 _PAGE_FILES = 1000
@@ -185,13 +182,9 @@ class FileHandlers:
         async with self._dispatcher.snapshot(job_id) as snapshot:
             with ended_by_disconnection(request):
                 response.content_length = await snapshot.size()
+                snapshot.when_broken(partial(break_off, request))
                 await response.prepare(request)
-                try:
-                    await _write_all(request, response, snapshot.pieces())
-                    return response
-                except SnapshotUnavailable as error:
-                    log.info("event=snapshot_broken job=%d error=%r", job_id, str(error))
-        break_off(request)
+                await _write_all(request, response, snapshot.pieces())
         return response
 
     async def _send_input(

@@ -22,6 +22,7 @@ class IncomingSnapshot:
         self._frames: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._received = 0
         self._taken = 0
+        self._on_break: Callable[[], None] | None = None
 
     # --- the session's end
 
@@ -35,9 +36,9 @@ class IncomingSnapshot:
         if not self._size.done():
             self._size.set_exception(SnapshotUnavailable(reason))
             self._size.exception()  # whoever asked may be gone
-        while not self._frames.empty():  # what is cut off is of no use to the client
-            self._frames.get_nowait()
         self._frames.put_nowait(None)
+        if self._on_break is not None:
+            self._on_break()
 
     def put(self, frame: Frame) -> None:
         """A piece came. Raises :class:`ProtocolError` if it is not the next, or too much."""
@@ -54,13 +55,17 @@ class IncomingSnapshot:
         """Wait until it is made; returns its bytes. Raises :class:`SnapshotUnavailable`."""
         return await self._size
 
+    def when_broken(self, function: Callable[[], None]) -> None:
+        """Call ``function`` if the bytes end too early, also while the taker is busy."""
+        self._on_break = function
+
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """Yield its bytes. Raises :class:`SnapshotUnavailable` if they end too early."""
+        """Yield its bytes. Raises :class:`ConnectionResetError` if they end too early."""
         size = await self._size
         while self._taken < size:
             frame = await self._frames.get()
             if frame is None:
-                raise SnapshotUnavailable("the agent's connection ended")
+                raise ConnectionResetError("the agent's connection ended")
             yield frame.data
             self._taken += len(frame.data)
             self._acknowledge(self._taken)
