@@ -333,7 +333,7 @@ def _page_of_input(job_id: int, files: tuple[StoredFile, ...], start: int) -> di
         "id": job_id,
         "source": "input",
         "files": page,
-        "next": str(end) if end < len(files) else None,
+        "next_cursor": str(end) if end < len(files) else None,
     }
 
 
@@ -351,7 +351,7 @@ async def _page_of_result(job_id: int, archive: Archive, start: int) -> dict[str
         if start == 0:
             raise
         raise BadRequest("cursor: not one that an earlier page gave") from None
-    return {"id": job_id, "source": "result", "files": page, "next": following}
+    return {"id": job_id, "source": "result", "files": page, "next_cursor": following}
 
 
 def _described(member: Member) -> dict[str, Any]:

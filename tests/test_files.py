@@ -128,7 +128,7 @@ async def test_the_files_of_a_result_are_listed_and_got_one_by_one(
     server, job_id = shared
     archive = await server.result(job_id)
     listed = (await curl(f"{server.url}/jobs/{job_id}/files")).json()
-    assert (listed["id"], listed["source"], listed["next"]) == (job_id, "result", None)
+    assert (listed["id"], listed["source"], listed["next_cursor"]) == (job_id, "result", None)
     files = {file["path"]: file for file in listed["files"]}
     assert {name: file["size"] for name, file in files.items()} == {
         info.filename: info.file_size for info in archive.infolist()

@@ -84,9 +84,6 @@ async def test_a_job_that_has_not_run_has_its_input(tmp_path: Path) -> None:
         archived = opened(await partial(idle, job_id))
         assert archived.namelist() == ["run.sh", "large.bin", "empty", "\u00fc"]
         assert archived.read("large.bin") == large
-        (tmp_path / "partial.zip").write_bytes((await partial(idle, job_id)).body)
-        code, output = await run("unzip", "-tq", str(tmp_path / "partial.zip"))
-        assert code == 0, output
 
 
 @pytest.fixture
@@ -105,7 +102,7 @@ async def test_a_request_that_ends_early_leaves_nothing_and_the_job_goes_on(
     script = f'head -c 30000000 /dev/urandom > big; until [ -e "{go}" ]; do sleep 0.05; done'
     job_id = await server.upload(script)
     await server.wait(job_id, "Running")  # before that it would be the input
-XX
+    big = agent.workdir / "attempts" / "1" / "job" / "big"
     await eventually(lambda: big.exists() and big.stat().st_size == 30_000_000, "it has written")
     snapshots = agent.workdir / "snapshots"
     url = f"{server.url}/download_partial/{job_id}"
