@@ -302,6 +302,13 @@ def prepare_connection(db: Database) -> None:
     db.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
 
 
+def prepare_writer(db: Database) -> None:
+    """For the connection that writes, once it has migrated the file."""
+    # What a savepoint keeps for its rollback is little, and would else be a new file each time.
+    # Not before a migration: to make the index of a large table takes as much as the table.
+    db.execute("PRAGMA temp_store = MEMORY")
+
+
 def prepare_reader(db: Database) -> None:
     db.execute("PRAGMA query_only = ON")
 

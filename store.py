@@ -39,6 +39,7 @@ from database import (
     lock_file,
     prepare_connection,
     prepare_reader,
+    prepare_writer,
     translated,
     vacuum_some,
 )
@@ -225,6 +226,7 @@ class Store:
         self._connections.append(connection)
         await connection.call(prepare_connection)
         await connection.call(migrate)
+        await connection.call(prepare_writer)
         await connection.call(doom_what_a_crash_cut_short)
         token = secrets.token_urlsafe(32)
         await connection.call(lambda db: _ensure_setting(db, "agent_token", token))
