@@ -387,18 +387,15 @@ class JobDirectory:
 
     async def finish(self, ended: Exit) -> Finished:
         """Archive what the job left, and return the message that reports it."""
-        if self._left_little():
-            return self._finish_in_memory(ended)
-        return await asyncio.to_thread(self._finish_on_disk, ended)
-
-    def _left_little(self) -> bool:
         contents = _measure(self.path / "job", _FEW_FILES)
         size = contents.size + sum(captured.size() for captured in self.logs())
-        return contents.files <= _FEW_FILES and size <= _LITTLE_BYTES
+        if contents.files <= _FEW_FILES and size <= _LITTLE_BYTES:
+            return self._finish_in_memory(ended, contents)
+        return await asyncio.to_thread(self._finish_on_disk, ended)
 
-    def _finish_in_memory(self, ended: Exit) -> Finished:
+    def _finish_in_memory(self, ended: Exit, contents: _Contents) -> Finished:
         """Spare a little archive the disk: a successor of the agent makes it again."""
-        excess = self._excess()
+        excess = self._excess(contents)
         target = io.BytesIO()
         with archive.zip_into(target, self.path) as writer:
             problem = _fill(writer, () if excess else archive.walk(self.path / "job"), self.logs())
@@ -407,7 +404,7 @@ class JobDirectory:
         return self._finished(ended, (excess, problem), len(self._little_archive), digest)
 
     def _finish_on_disk(self, ended: Exit) -> Finished:
-        excess = self._excess()
+        excess = self._excess(_measure(self.path / "job", self.assign.output.result_files))
         try:
             problem = self._archive(None if excess else self.path / "job")
         except OSError as error:
@@ -436,12 +433,11 @@ class JobDirectory:
             result_sha256=digest,
         )
 
-    def _excess(self) -> str | None:
+    def _excess(self, contents: _Contents) -> str | None:
         """Say why the job's files can't be in the result, if they can't."""
-        limits = self.assign.output
         if (self.path / _GIVEN_UP).exists():
             return _NO_ROOM  # found out before, perhaps before a crash
-        return _excess(_measure(self.path / "job", limits.result_files), limits)
+        return _excess(contents, self.assign.output)
 
     def _archive(self, top: Path | None) -> str | None:
         unfinished = self.path / "result.zip.new"
