@@ -95,15 +95,15 @@ class OperationHandlers:
         configured: Mapping[str, ServiceLimits],
         agents: list[AgentStatus],
     ) -> dict[str, Any]:
-        limits = configured.get(name, ServiceLimits())
+        limits = configured.get(name)
         counts = self._dispatcher.counts_of_service(name)
         jobs = self._instruments.jobs
         return {
             "name": name,
-            "is_configured": name in configured,
-            "runs_per_user": limits.runs_per_user,
-            "max_runs": limits.max_runs,
-            "timeout": limits.timeout,
+            "is_configured": limits is not None,
+            "runs_per_user": None if limits is None else limits.runs_per_user,
+            "max_runs": None if limits is None else limits.max_runs,
+            "timeout": None if limits is None else limits.timeout,
             "active": counts.active,
             "queued": counts.waiting,
             "agents": sorted(

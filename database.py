@@ -28,6 +28,7 @@ _BATCH_OPERATIONS = 512
 _BATCH_BYTES = 1024 * 1024  # about 7 ms of writing: short ones never wait longer
 _VACUUM_PAGES = 512
 SQLITE_VERSION = sqlite3.sqlite_version
+_OLDEST_SQLITE = (3, 35, 0)  # the first with RETURNING (sqlite.org/lang_returning.html)
 BUSY_SECONDS = 5.0
 """How long a connection waits for another one's lock."""
 
@@ -272,6 +273,16 @@ def _run_in_savepoint(db: Database, function: Callable[[Database], Any]) -> _Out
 
 
 # --- opening ----------------------------------------------------------------------
+
+
+def check_sqlite_version() -> None:
+    """Raise :class:`StoreRefused` if the SQLite that Python has can't do what we ask of it."""
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        oldest = ".".join(map(str, _OLDEST_SQLITE))
+        raise StoreRefused(
+            f"this Python has SQLite {sqlite3.sqlite_version}, at least {oldest} is needed;"
+            " use a newer Python, or one built with a newer SQLite"
+        )
 
 
 def lock_file(path: str) -> int:

@@ -247,9 +247,11 @@ class Dispatcher:
         """Say in words what a job in this line waits for."""
         connected = [agent for agent in self._agents.values() if agent.session is not None]
         offering = [agent for agent in connected if agent.offers(line.service)]
-        limits = self.settings.services.get(line.service, ServiceLimits())
+        limits = self.settings.services.get(line.service)
         user = self._queue.counts_of_line(line).active
         service = self._queue.counts_of_service(line.service).active
+        if limits is None:
+            return "this service is not configured"
         if not connected:
             return "no agent is connected"
         if not offering:
@@ -292,7 +294,19 @@ class Dispatcher:
 
     def _apply_limits(self) -> None:
         self._queue.set_limits(self.settings.services)
+        self._warn_of_lines_that_stand_still()
         self._wake.set()
+
+    def _warn_of_lines_that_stand_still(self) -> None:
+        for service in self.services_with_jobs():
+            waiting = self.counts_of_service(service).waiting
+            if waiting and service not in self.settings.services:
+                log.warning(
+                    "event=service_not_configured service=%s jobs_waiting=%d"
+                    " advice='configure it again, or terminate them'",
+                    service,
+                    waiting,
+                )
 
     async def _load(self) -> None:
         for active in await self.store.active_jobs():
@@ -307,6 +321,7 @@ class Dispatcher:
         for line, waiting in (await self.store.queued_lines()).items():
             self._queue.count(line, waiting, active=0)
         self.store.feed.follow(self._follow)
+        self._warn_of_lines_that_stand_still()
         for agent in self._agents.values():
             if agent.attempts:
                 self._start_lease(agent)

@@ -34,13 +34,15 @@ class _Tally:
 
 @dataclass(slots=True)
 class _Service:
-    limits: ServiceLimits
+    limits: ServiceLimits | None  # None: not configured (any more), so its jobs wait
     total: _Tally = field(default_factory=_Tally)
     lines: dict[int, _Tally] = field(default_factory=dict)
     turns: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     def may_run(self) -> bool:
-        return bool(self.turns) and self.total.active < self.limits.max_runs
+        if self.limits is None or not self.turns:
+            return False
+        return self.total.active < self.limits.max_runs
 
     def change(self, user_id: int, waiting: int, active: int) -> None:
         """Add to the tally of a user's line, and keep its place in the rotation in step."""
@@ -55,7 +57,8 @@ class _Service:
     def update_turn(self, user_id: int) -> None:
         """Give the user a place in the rotation if a job of theirs could run, else none."""
         line = self.lines[user_id]
-        if line.waiting > 0 and line.active < self.limits.runs_per_user:
+        quota = 0 if self.limits is None else self.limits.runs_per_user
+        if line.waiting > 0 and line.active < quota:
             self.turns.setdefault(user_id)
         else:
             self.turns.pop(user_id, None)
@@ -76,8 +79,9 @@ class FairQueue:
       decisions under way. (It is -1 while the only job is killed under a decision.)
     - ``active`` is the number that the store has with an agent, plus the decisions under way.
     - The line has a place in its service's rotation exactly if a job of it could run:
-      ``waiting`` > 0 and ``active`` below the user's quota. It keeps the place until its
-      turn; after it, or after it lost the place, it starts again at the end.
+      ``waiting`` > 0 and ``active`` below the user's quota, which is 0 while the service is
+      not configured. It keeps the place until its turn; after it, or after it lost the place,
+      it starts again at the end.
 
     This holds because every committed transition is followed, in the order of the commits,
     whatever brought it about. A decision costs O(services), everything else O(1).
@@ -95,7 +99,7 @@ class FairQueue:
         """Apply other limits from the next decision on; what is active stays active."""
         self._limits = limits
         for name, service in self._services.items():
-            service.limits = limits.get(name, ServiceLimits())
+            service.limits = limits.get(name)
             for user_id in service.lines:
                 service.update_turn(user_id)
 
@@ -144,8 +148,8 @@ class FairQueue:
     def _service(self, name: str) -> _Service:
         service = self._services.get(name)
         if service is None:
-            # a job of a service that is configured no more waits, it is not lost
-            service = _Service(self._limits.get(name, ServiceLimits()))
+            # a job of a service that is not configured any more is not lost: it waits
+            service = _Service(self._limits.get(name))
             self._services[name] = service
         return service
 

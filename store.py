@@ -33,6 +33,7 @@ from database import (
     StoreRefused,
     StoreUnavailable,
     Writer,
+    check_sqlite_version,
     checkpoint,
     connect,
     in_one_snapshot,
@@ -209,6 +210,7 @@ class Store:
     @classmethod
     async def open(cls, path: str) -> Store:
         """Lock, migrate and tidy the file. Raises :class:`StoreRefused` if it can't be used."""
+        check_sqlite_version()
         store = cls(path, lock_file(path))
         try:
             with translated():

@@ -231,6 +231,20 @@ def test_other_limits_apply_from_the_next_decision_on() -> None:
     assert queue.next_for(anything) is None
 
 
+def test_jobs_of_a_service_that_is_not_configured_wait_until_it_is() -> None:
+    queue = FairQueue({})
+    line = Line("dock", 1)
+    queue.count(line, waiting=3, active=0)
+    assert queue.next_for(anything) is None
+    queue.set_limits({"dock": ServiceLimits()})
+    assert queue.next_for(anything) == line
+    queue.set_limits({})
+    assert queue.next_for(anything) is None
+    queue.take_back(line)
+    assert queue.next_for(anything) is None
+    assert queue.counts_of_service("dock") == Counts(waiting=3, active=0)
+
+
 def test_a_service_that_no_free_agent_offers_is_passed_over_and_keeps_its_turn() -> None:
     queue = FairQueue(_LIMITS)
     for service in _SERVICES:

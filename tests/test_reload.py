@@ -74,6 +74,34 @@ async def test_limits_services_and_retention_change_without_a_restart(tmp_path: 
         await eventually(lambda: server.query(state, jobs[2]) == [("Cleaned",)], "it is cleaned")
 
 
+async def test_jobs_of_a_service_that_is_taken_away_wait_and_say_why(tmp_path: Path) -> None:
+    file = tmp_path / "orchestrator.toml"
+    dock = "[services.dock]\nmax_runs = 1\n"
+    file.write_text(dock)
+    warning = "event=service_not_configured service=dock jobs_waiting=1"
+    async with running_server(tmp_path / "server", "--slots", "3", "--config", str(file)) as server:
+        running, waiting = [await server.upload("sleep 30", service="dock") for _ in range(2)]
+        await server.wait(running, "Running")
+        file.write_text("")
+        await hang_up(server, warning)
+        # what runs goes on, and its end starts nothing
+        assert (await server.status(running))["status"] == "Running"
+        await curl("-X", "POST", f"{server.url}/terminate/{running}")
+        await server.stop()
+        await server.start("--slots", "3", "--config", str(file))
+        assert server.log().count(warning) == 2
+        await server.wait(await server.upload("true"), "Completed")
+        queue = (await curl(f"{server.url}/jobs/{waiting}")).json()["queue"]
+        assert queue == {"position": 1, "reason": "this service is not configured"}
+        services = (await curl(f"{server.url}/services")).json()["services"]
+        shown = {service["name"]: service for service in services}["dock"]
+        assert [shown[name] for name in ("is_configured", "queued", "max_runs")] == [False, 1, None]
+
+        file.write_text(dock)
+        await hang_up(server, "event=settings_reloaded")
+        await server.wait(waiting, "Running")
+
+
 async def test_a_server_whose_terminal_was_closed_stops_instead(tmp_path: Path) -> None:
     terminal, its_end = os.openpty()
     with open(tmp_path / "log", "wb") as log:

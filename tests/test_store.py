@@ -106,6 +106,16 @@ async def eventually_no_chunks(path: Path) -> None:
         await asyncio.sleep(0.01)
 
 
+async def test_a_sqlite_that_is_too_old_is_refused_before_anything_is_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    monkeypatch.setattr(sqlite3, "sqlite_version", "3.34.1")
+    with pytest.raises(StoreRefused, match=r"SQLite 3\.34\.1, at least 3\.35\.0 .* newer Python"):
+        await Store.open(str(path))
+    assert not path.exists()
+
+
 async def test_files_come_back_as_they_went_in(store: Store) -> None:
     contents = [b"", b"x", bytes(range(256)) * 5000, b"y" * CHUNK_BYTES, b"z" * (CHUNK_BYTES + 1)]
     upload = store.new_upload()
