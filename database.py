@@ -130,9 +130,19 @@ class _Operation(Generic[T]):
 class Writer:
     """Group commit: one thread, one transaction for all operations that wait."""
 
-    def __init__(self, connection: Connection, publish: Callable[[Sequence[Any]], None]) -> None:
-        """``publish`` is called with what the operations of a committed batch announced."""
+    def __init__(
+        self,
+        connection: Connection,
+        before_commit: Callable[[Sequence[Any]], None],
+        publish: Callable[[Sequence[Any]], None],
+    ) -> None:
+        """``publish`` is called with what the operations of a committed batch announced.
+
+        ``before_commit`` is called with the same in the connection's thread: between the two
+        other connections may see it although nobody has been told.
+        """
         self._connection = connection
+        self._before_commit = before_commit
         self._publish = publish
         self._short: deque[_Operation[Any]] = deque()
         self._bulk: deque[_Operation[Any]] = deque()
@@ -210,7 +220,9 @@ class Writer:
         started_at = time.monotonic()
         try:
             with translated():
-                batch_outcome = await self._connection.call(lambda db: _run_batch(db, functions))
+                batch_outcome = await self._connection.call(
+                    lambda db: _run_batch(db, functions, self._before_commit)
+                )
         except Exception as error:  # noqa: BLE001 - it is the callers', who await it
             for operation in batch:
                 _fail(operation.future, error)
@@ -241,12 +253,16 @@ _Outcome: TypeAlias = tuple[Any, Exception | None]
 
 
 def _run_batch(
-    db: Database, functions: Sequence[Callable[[Database], Any]]
+    db: Database,
+    functions: Sequence[Callable[[Database], Any]],
+    before_commit: Callable[[Sequence[Any]], None],
 ) -> tuple[list[_Outcome], list[Any]]:
     db.announcements = []
     db.execute("BEGIN IMMEDIATE")
     try:
         outcomes = [_run_in_savepoint(db, function) for function in functions]
+        if db.announcements:
+            before_commit(db.announcements)
         db.execute("COMMIT")
         return outcomes, db.announcements
     except BaseException:

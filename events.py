@@ -23,7 +23,8 @@ class Transition:
     """One line of a job's history; ``at`` in Unix seconds, ``before`` None for the first.
 
     ``id`` grows with every transition of any job. ``attempt`` is the number within the job.
-    ``created_at`` and ``started_at`` (of its last attempt) are the job's, known to the feed only.
+    ``created_at``, ``started_at`` (of its last attempt) and ``message`` are what the job has
+    from then on; they are known to the feed only.
     """
 
     id: int
@@ -37,6 +38,7 @@ class Transition:
     reason: str
     created_at: float | None = field(default=None, compare=False)
     started_at: float | None = field(default=None, compare=False)
+    message: str = field(default="", compare=False)
 
 
 class AgentChangeKind(enum.StrEnum):

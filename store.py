@@ -91,7 +91,6 @@ from store_jobs import (
     job_of_attempt,
     job_with_id,
     receiving_job_of_attempt,
-    set_message,
     transition,
     write_agent_change,
 )
@@ -105,6 +104,7 @@ from store_search import (
     job_details,
     transition_of,
 )
+from store_status import LatestStatuses
 from store_upload import (
     KEY_SECONDS,
     Upload,
@@ -196,6 +196,7 @@ class Store:
         self._result_bytes = metrics.Counter(
             "orchestrator_result_bytes_total", "Bytes of results that agents delivered."
         )
+        self._statuses = LatestStatuses()
         self._path = path
         self._lock = lock
         self._connections: list[Connection] = []
@@ -234,7 +235,7 @@ class Store:
         await connection.call(lambda db: _ensure_setting(db, "agent_token", token))
         await connection.call(lambda db: _ensure_setting(db, "probe", ""))
         self._blob_ids = itertools.count(await connection.call(first_free_blob_id))
-        self._writer = Writer(connection, self.feed.publish)
+        self._writer = Writer(connection, self._before_commit, self._publish)
         for _ in range(_READERS):
             reader = await connect(self._path)
             self._connections.append(reader)
@@ -247,6 +248,15 @@ class Store:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._writer.run(), name="store writer")
             tasks.create_task(self._erase_for_ever(), name="store eraser")
+
+    def _before_commit(self, events: Sequence[Any]) -> None:
+        """For the writer, in its thread: readers may see from now on what this tells."""
+        self._statuses.doubt(events)
+
+    def _publish(self, events: Sequence[Any]) -> None:
+        """For the writer: this is committed."""
+        self._statuses.settle(events)
+        self.feed.publish(events)
 
     async def close(self) -> None:
         """Close all connections, then the lock; the store can't be used after."""
@@ -345,6 +355,9 @@ class Store:
 
     async def job_status(self, job_id: int) -> JobStatus | None:
         """Return a job's state and message, None if there is no such job."""
+        return await self._statuses.get(job_id, self._read_status)
+
+    async def _read_status(self, job_id: int) -> JobStatus | None:
         rows = await self._read("SELECT id, state, message FROM job WHERE id = ?", (job_id,))
         return JobStatus(rows[0][0], JobState(rows[0][1]), rows[0][2]) if rows else None
 
@@ -536,10 +549,10 @@ class Store:
                 ).lastrowid,
             )
             db.execute(
-                "UPDATE job SET attempts = ?, attempt_id = ?, message = '' WHERE id = ?",
+                "UPDATE job SET attempts = ?, attempt_id = ? WHERE id = ?",
                 (job.attempts, attempt_id, job.id),
             )
-            transition(db, job, JobState.PROCESSING, reason)
+            transition(db, job, JobState.PROCESSING, reason, message="")
             row = db.execute("SELECT timeout FROM job WHERE id = ?", (job.id,)).fetchone()
             return Assignment(
                 QueuedJob(job.id, job.user_id, job.service),
@@ -633,8 +646,8 @@ class Store:
                 (report.exit_code, report.attempt_id),
             )
             if not is_killed:
-                set_message(db, job.id, report.message)
-                transition(db, job, report.state, report.message or "finished")
+                reason = report.message or "finished"
+                transition(db, job, report.state, reason, report.message)
 
         size = sum(map(len, tail))
         await self.write_bytes(operation, size + output.size)
@@ -709,15 +722,14 @@ class Store:
             drop_partial_result(db, attempt_id)
             if lost_starts >= max_attempts:
                 message = f"{reason}; given up after {lost_starts} attempts"
-                set_message(db, job.id, message)
-                transition(db, job, JobState.FAILED, message)
+                transition(db, job, JobState.FAILED, message, message)
                 return JobState.FAILED
             db.execute(
-                "UPDATE job SET attempt_id = NULL, lost_starts = ?, message = ? WHERE id = ?",
-                (lost_starts, f"{reason}; queued again", job.id),
+                "UPDATE job SET attempt_id = NULL, lost_starts = ? WHERE id = ?",
+                (lost_starts, job.id),
             )
             doom_output(db, job.id)
-            transition(db, job, JobState.QUEUED, reason)
+            transition(db, job, JobState.QUEUED, reason, f"{reason}; queued again")
             return JobState.QUEUED
 
         state = await self._writer.write(operation)
@@ -731,8 +743,7 @@ class Store:
         """
 
         def operation(db: Database) -> None:
-            transition(db, job_with_id(db, job_id), JobState.KILLED, message)
-            set_message(db, job_id, message)
+            transition(db, job_with_id(db, job_id), JobState.KILLED, message, message)
 
         await self._writer.write(operation)
 
@@ -756,8 +767,7 @@ class Store:
             job = job_with_id(db, job_id)
             if job.state is not JobState.QUEUED:
                 return False
-            transition(db, job, JobState.KILLED, message)
-            set_message(db, job_id, message)
+            transition(db, job, JobState.KILLED, message, message)
             return True
 
         return await self._writer.write(operation)
@@ -767,8 +777,7 @@ class Store:
 
         def operation(db: Database) -> None:
             job = active_job_of_attempt(db, attempt_id)
-            set_message(db, job.id, reason)
-            transition(db, job, JobState.INVALID, reason)
+            transition(db, job, JobState.INVALID, reason, reason)
 
         await self._writer.write(operation)
 
@@ -890,8 +899,8 @@ class Store:
             for row in rows:
                 job = job_of(row)
                 _doom_files_of(db, job.id)
-                set_message(db, job.id, f"files of the {job.state} job removed by retention")
-                transition(db, job, JobState.CLEANED, "retention")
+                message = f"files of the {job.state} job removed by retention"
+                transition(db, job, JobState.CLEANED, "retention", message)
             return len(rows)
 
         cleaned = await self._writer.write(operation)

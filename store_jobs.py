@@ -14,34 +14,45 @@ from records import IllegalTransition, JobRow, Line, Superseded
 from store_blobs import has_result
 
 
-def transition(db: Database, job: JobRow, after: JobState, reason: str) -> None:
-    """Change a job's state and write its history; the caller sees to ``message``."""
+def transition(
+    db: Database, job: JobRow, after: JobState, reason: str, message: str | None = None
+) -> None:
+    """Change a job's state and write its history.
+
+    ``message`` is what a user is told of the job from now on; None leaves it as it is. No
+    other statement changes either, so whoever follows the feed knows both.
+    """
     if after not in TRANSITIONS[job.state]:
         raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
     now = time.time()
     # fetched to its end: only then is the statement done
-    ((created_at, started_at),) = db.execute(_SET_STATE[after], (after, now, job.id)).fetchall()
+    ((created_at, started_at, message),) = db.execute(
+        _SET_STATE[after], (after, now, job.id, message)
+    ).fetchall()
     line = write_history(db, job, now, job.state, after, reason)
-    db.announce(dataclasses.replace(line, created_at=created_at, started_at=started_at))
+    db.announce(
+        dataclasses.replace(line, created_at=created_at, started_at=started_at, message=message)
+    )
 
 
 _SET_STATE: Mapping[JobState, str] = {
     **dict.fromkeys(
         JobState,
-        "UPDATE job SET state = ?1, changed_at = ?2 WHERE id = ?3 RETURNING created_at, started_at",
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message)"
+        " WHERE id = ?3 RETURNING created_at, started_at, message",
     ),
     JobState.RUNNING: (
-        "UPDATE job SET state = ?1, changed_at = ?2, started_at = ?2 WHERE id = ?3"
-        " RETURNING created_at, started_at"
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
+        " started_at = ?2 WHERE id = ?3 RETURNING created_at, started_at, message"
     ),
     JobState.QUEUED: (
-        "UPDATE job SET state = ?1, changed_at = ?2, started_at = NULL WHERE id = ?3"
-        " RETURNING created_at, started_at"
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
+        " started_at = NULL WHERE id = ?3 RETURNING created_at, started_at, message"
     ),
     **dict.fromkeys(
         FINAL_STATES,
-        "UPDATE job SET state = ?1, changed_at = ?2, finished_at = ?2 WHERE id = ?3"
-        " RETURNING created_at, started_at",
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
+        " finished_at = ?2 WHERE id = ?3 RETURNING created_at, started_at, message",
     ),
 }
 """How each state is entered; the times of a job are those of its last attempt."""
@@ -77,11 +88,6 @@ def write_agent_change(db: Database, agent_id: str, name: str, kind: AgentChange
         (agent_id, name, at, kind),
     ).lastrowid
     db.announce(AgentChange(cast(int, row_id), agent_id, name, at, kind))
-
-
-def set_message(db: Database, job_id: int, message: str) -> None:
-    """Set what a user is told of a job."""
-    db.execute("UPDATE job SET message = ? WHERE id = ?", (message, job_id))
 
 
 def job_of_attempt(db: Database, attempt_id: int) -> JobRow:

@@ -201,7 +201,7 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
     )
     job = JobRow(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
     line = write_history(db, job, now, None, JobState.QUEUED, reason)
-    db.announce(dataclasses.replace(line, created_at=now))
+    db.announce(dataclasses.replace(line, created_at=now, message=message))
     return QueuedJob(job_id, request.user_id, request.service)
 
 

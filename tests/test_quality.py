@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "store_jobs": {"protocol", "events", "records", "database", "store_blobs"},
     "store_upload": {"protocol", "records", "database", "metrics", "store_blobs", "store_jobs"},
     "store_search": {"protocol", "events", "records", "database"},
+    "store_status": {"events", "records"},
     "store_beside": {"protocol", "access", "database", "schema", "store_blobs"},
     "store": {
         *("protocol", "events", "records", "database", "access", "metrics", "schema"),
         *("store_blobs", "store_output", "store_jobs", "store_upload", "store_search"),
-        "store_beside",
+        *("store_beside", "store_status"),
     },
     "instruments": {"protocol", "events", "records", "metrics"},
     "scheduler": {"protocol", "events", "records", "config"},
