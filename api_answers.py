@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -20,6 +22,7 @@ log = logging.getLogger("orchestrator.api")
 
 _DIGITS = re.compile(r"[0-9]{1,19}")
 _LARGEST_INTEGER = 2**63 - 1
+_JSON = {hdrs.CONTENT_TYPE: "application/json; charset=utf-8"}
 _UPLOAD_RETRY_SECONDS = 2
 _QUEUE_RETRY_SECONDS = 30
 
@@ -74,8 +77,13 @@ def error_answer(status: int, message: str, job_id: int = 0) -> web.Response:
 
 def job_answer(job: JobStatus, status: int = 200) -> web.Response:
     """Return a job's status in the documented shape."""
-    body = {"id": job.id, "status": job.state.value, "message": job.message}
-    return web.json_response(body, status=status)
+    return web.Response(body=_status_body(job), status=status, headers=_JSON)
+
+
+@lru_cache(maxsize=256)
+def _status_body(job: JobStatus) -> bytes:
+    """Return the body, which is asked for again and again while a job waits or runs."""
+    return json.dumps({"id": job.id, "status": job.state.value, "message": job.message}).encode()
 
 
 def rfc3339(at: float | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
@@ -25,7 +26,7 @@ def refuse_strangers(settings: SettingsInForce) -> Middleware:
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        host = _host_name(f"//{request.headers.get(hdrs.HOST, '')}")
+        host = _host_name(request.headers.get(hdrs.HOST, ""))
         if host is None or not (
             host in names
             or host in settings.current.allowed_hosts
@@ -42,9 +43,11 @@ def refuse_strangers(settings: SettingsInForce) -> Middleware:
     return guard
 
 
-def _host_name(url: str) -> str | None:
+@lru_cache(maxsize=256)
+def _host_name(host: str) -> str | None:
+    """Return the name in a Host field, None if there is none."""
     try:
-        name = urlsplit(url).hostname
+        name = urlsplit(f"//{host}").hostname
     except ValueError:
         return None
     return name.lower() if name else None
@@ -64,8 +67,9 @@ def _is_own_address(request: web.Request, host: str) -> bool:
 
 
 def _is_cross_site_change(request: web.Request) -> bool:
-    site = request.headers.get("Sec-Fetch-Site", "none")
-    return request.method not in ("GET", "HEAD") and site not in ("none", "same-origin")
+    if request.method in ("GET", "HEAD"):
+        return False
+    return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
 
 
 def is_loopback(host: str) -> bool:

@@ -210,7 +210,9 @@ def _attempt_body(attempt: AttemptRecord) -> dict[str, Any]:
 
 def wait_seconds_of(request: web.Request) -> float:
     """Return ``?wait`` in seconds, 0 without it. Raises :class:`BadRequest`."""
-    text = request.query.get("wait", "0")
+    text = request.query.get("wait")
+    if text is None:
+        return 0.0
     if not _DECIMAL.fullmatch(text) or float(text) > _LONGEST_WAIT_SECONDS:
         raise BadRequest(f"wait: must be a number of seconds from 0 to {_LONGEST_WAIT_SECONDS}")
     return float(text)
