@@ -15,10 +15,11 @@ from api_access import user_restriction
 from api_answers import NotFound, rfc3339
 from config import VERSION, ServiceLimits, SettingsInForce
 from database import SQLITE_VERSION, StoreError
-from dispatch import AgentStatus, Dispatcher
+from dispatch import Dispatcher
 from instruments import Instruments
 from metrics import Family
 from protocol import JobState
+from session import AgentStatus
 from store import Store
 
 _HEALTH_SECONDS = 5.0

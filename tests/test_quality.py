@@ -39,16 +39,19 @@ MAY_IMPORT = {
     },
     "instruments": {"protocol", "events", "records", "metrics"},
     "scheduler": {"protocol", "events", "records", "config"},
+    "session": {
+        *("protocol", "channel", "events", "records", "store", "incoming", "config"),
+    },
     "dispatch": {
-        *("protocol", "channel", "events", "records", "store", "database", "scheduler"),
+        *("protocol", "events", "records", "store", "database", "scheduler", "session"),
         *("incoming", "config"),
     },
     "incoming": {"protocol"},
     "api_answers": {"events", "records", "database", "dispatch", "config"},
     "api_log": {"api_answers", "api_access", "config", "instruments"},
     "api_operations": {
-        *("protocol", "config", "store", "database", "dispatch", "metrics", "instruments"),
-        *("api_answers", "api_access"),
+        *("protocol", "config", "store", "database", "session", "dispatch", "metrics"),
+        *("instruments", "api_answers", "api_access"),
     },
     "api_guard": {"config", "api_answers"},
     "api_form": {"protocol", "records", "store_upload", "config", "api_answers"},
