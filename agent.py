@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 import config
+import event_loop
 import logs
 import protocol
 import runner
@@ -717,7 +718,7 @@ def main() -> int:
     logs.configure(LogFormat(options.log_format))
     try:
         settings = _settings_of(options, _read_token(options))
-        asyncio.run(_serve(settings, options))
+        event_loop.run(_serve(settings, options))
     except* (ConfigError, AgentRefused) as group:
         sys.stderr.write(f"orchestrator-agent: {first_failure(group)}\n")
         return_code = 2

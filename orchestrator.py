@@ -24,6 +24,7 @@ import api
 import api_log
 import config
 import demo
+import event_loop
 import logs
 from access import Role, Token
 from channel import first_failure
@@ -392,7 +393,7 @@ def _run_command(options: argparse.Namespace) -> int:
                 lambda: load_settings(options),
                 with_agent="no_agent" not in options,
             )
-            asyncio.run(server)
+            event_loop.run(server)
     return 0
 
 

@@ -14,6 +14,7 @@ from tests.harness import PROJECT, run
 MAY_IMPORT = {
     "protocol": set[str](),
     "config": set[str](),
+    "event_loop": set[str](),
     "logs": {"config"},
     "metrics": set[str](),
     "supervisor": set[str](),
@@ -89,7 +90,7 @@ MAY_IMPORT = {
     "demo": {"api"},
     "orchestrator": {
         *("protocol", "channel", "store", "store_beside", "database", "dispatch", "config"),
-        *("access", "api", "api_log", "instruments", "logs", "demo"),
+        *("access", "api", "api_log", "instruments", "logs", "demo", "event_loop"),
     },
     "archive": set[str](),
     "runner": {"protocol", "launcher", "archive"},
@@ -97,7 +98,7 @@ MAY_IMPORT = {
     "follower": {"protocol", "channel", "inotify", "runner"},
     "agent": {
         *("protocol", "channel", "runner", "launcher", "follower", "inotify"),
-        *("snapshots", "config", "logs"),
+        *("snapshots", "config", "logs", "event_loop"),
     },
     "snapshots": {"protocol", "runner"},
     "zip_stream": set[str](),
