@@ -58,13 +58,17 @@ _CONTENT_TYPES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _StoredDownload:
-    """A stored blob as a client gets it; ``tag`` changes with its bytes (RFC 9110, 8.8.3)."""
+    """A stored blob as a client gets it; ``tag`` changes with its bytes (RFC 9110, 8.8.3).
+
+    ``content`` is all of it, if that is here already.
+    """
 
     blob_id: int
     size: int
     tag: str
     name: str
     content_type: str
+    content: bytes | None = None
 
 
 class FileHandlers:
@@ -159,10 +163,14 @@ class FileHandlers:
             answer.headers[hdrs.CONTENT_RANGE] = f"bytes */{download.size}"
             return answer
         start, end = (0, download.size) if part is None else (part.start, part.end)
-        response = web.StreamResponse(status=200 if part is None else 206, headers=headers)
-        response.content_length = end - start
+        status = 200 if part is None else 206
         if part is not None:
-            response.headers[hdrs.CONTENT_RANGE] = part.content_range
+            headers[hdrs.CONTENT_RANGE] = part.content_range
+        if download.content is not None:
+            body = download.content[start:end]
+            return web.Response(body=body, status=status, headers=headers)
+        response = web.StreamResponse(status=status, headers=headers)
+        response.content_length = end - start
         with self._store.pinned(download.blob_id):
             await response.prepare(request)
             pieces = _read_ahead(self._store, download.blob_id, start, end)
@@ -239,7 +247,9 @@ def _partial_headers(job_id: int) -> dict[str, str]:
 
 def _download_of(job_id: int, result: StoredResult) -> _StoredDownload:
     name = f"job-{job_id}.zip"
-    return _StoredDownload(result.blob_id, result.size, result.sha256, name, "application/zip")
+    return _StoredDownload(
+        *(result.blob_id, result.size, result.sha256, name, "application/zip", result.content)
+    )
 
 
 def _download_of_input(file: StoredFile) -> _StoredDownload:

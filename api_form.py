@@ -91,6 +91,9 @@ async def _progress_demanded(request: web.Request, seconds: float) -> AsyncItera
 
     aiohttp limits the time between the requests of a connection, but none within a request.
     """
+    if request.content.is_eof():  # all of it has come already
+        yield
+        return
     loop = asyncio.get_running_loop()
 
     async def look(limit: asyncio.Timeout) -> None:

@@ -85,7 +85,8 @@ class SubmitHandlers:
             job = await self._receive(request, upload)
             submission = await upload.commit(job, message, self._settings.current.max_queued_jobs)
         finally:
-            await asyncio.shield(upload.abandon())
+            if upload.has_loose_ends():
+                await asyncio.shield(upload.abandon())
         return self._answer(submission, message)
 
     async def _receive(self, request: web.Request, upload: Upload) -> JobRequest:

@@ -260,7 +260,9 @@ def _run_batch(
     db.announcements = []
     db.execute("BEGIN IMMEDIATE")
     try:
-        outcomes = [_run_in_savepoint(db, function) for function in functions]
+        # one alone needs no savepoint: if it fails, all of the transaction does
+        run = _run_in_savepoint if len(functions) > 1 else _run_alone
+        outcomes = [run(db, function) for function in functions]
         if db.announcements:
             before_commit(db.announcements)
         db.execute("COMMIT")
@@ -270,6 +272,10 @@ def _run_batch(
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _run_alone(db: Database, function: Callable[[Database], Any]) -> _Outcome:
+    return function(db), None
 
 
 def _run_in_savepoint(db: Database, function: Callable[[Database], Any]) -> _Outcome:

@@ -237,7 +237,9 @@ class Dispatcher:
             return None
 
     def _deliver(self, assignment: Assignment, agent: Agent) -> None:
-        attempt = Attempt(assignment.job, assignment.attempt_id, assignment.number)
+        attempt = Attempt(
+            assignment.job, assignment.attempt_id, assignment.number, may_have_result=False
+        )
         self._hold(agent, attempt)
         log.info(
             "event=assigned job=%d attempt=%d number=%d agent=%s",

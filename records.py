@@ -121,7 +121,8 @@ class Loss(enum.Enum):
 class Assignment:
     """A new attempt: its job, its id, its number within the job (fencing token), its input.
 
-    ``timeout`` is what the submitter asked for, in seconds.
+    ``timeout`` is what the submitter asked for, in seconds. ``content`` are the bytes of all
+    files, one after the other, if they are few.
     """
 
     job: QueuedJob
@@ -129,15 +130,20 @@ class Assignment:
     number: int
     timeout: int | None
     files: tuple[StoredFile, ...]
+    content: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """A whole result archive; ``size`` in bytes."""
+    """A whole result archive; ``size`` in bytes.
+
+    ``content`` is all of it, if it is little and was read along.
+    """
 
     blob_id: int
     size: int
     sha256: str
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

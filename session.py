@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import time
@@ -52,6 +53,7 @@ class Attempt:
     id: int
     number: int
     state: protocol.JobState = protocol.JobState.PROCESSING
+    may_have_result: bool = True  # some bytes of it may be stored already
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @classmethod
@@ -278,7 +280,7 @@ class Session:
                 files=tuple(file.spec for file in assignment.files),
             )
         )
-        self._send_input(attempt.id, assignment.files, 0)
+        self._send_input(attempt.id, assignment.files, 0, assignment.content)
 
     async def kill(self, attempt: Attempt) -> bool:
         """Ask the agent to end an attempt; returns whether it has, and the result is stored."""
@@ -565,7 +567,7 @@ class Session:
                 case protocol.Started():
                     await self._advance(attempt, protocol.JobState.RUNNING, "process started")
                 case protocol.Finished():
-                    incoming = await self._begin_result(item)
+                    incoming = await self._begin_result(attempt, item)
                     if incoming.offset == item.result_size:
                         # stored before, but the agent did not hear of it
                         await self._finish(attempt, incoming, incoming.offset, [], output)
@@ -639,22 +641,33 @@ class Session:
 
     # --- input out, result in
 
-    def _send_input(self, attempt_id: int, files: tuple[StoredFile, ...], offset: int) -> None:
+    def _send_input(
+        self,
+        attempt_id: int,
+        files: tuple[StoredFile, ...],
+        offset: int,
+        content: bytes | None = None,
+    ) -> None:
+        """Send the input from ``offset`` on; ``content`` is all of it, if that is here already."""
         size = sum(file.spec.size for file in files)
         if not 0 <= offset <= size:
             raise ProtocolError(f"attempt {attempt_id}: has {offset} of {size} input bytes")
 
         async def source(position: int) -> bytes:
+            if content is not None:
+                return content[position:]
             return await self._store.read_files(files, position)
 
         if offset < size:
             self._outbox.open(protocol.transfer_id(attempt_id, Stream.INPUT), source, offset, size)
 
-    async def _begin_result(self, report: protocol.Finished) -> _Incoming:
+    async def _begin_result(self, attempt: Attempt, report: protocol.Finished) -> _Incoming:
         if report.state not in protocol.FINAL_STATES:
             raise ProtocolError(f"attempt {report.attempt_id}: finished as {report.state}")
         if report.result_size < 1:
             raise ProtocolError(f"attempt {report.attempt_id}: a result of no bytes")
+        if not attempt.may_have_result:
+            return _Incoming(report, hashlib.sha256(), 0)
         offset = await self._store.result_size(report.attempt_id)
         if offset > report.result_size or offset % protocol.CHUNK_BYTES:
             await self._registry.durably(lambda: self._store.discard_result(report.attempt_id))
@@ -671,6 +684,7 @@ class Session:
         output: Sequence[protocol.Frame],
     ) -> bool:
         """Store the frames that are there; returns whether the result is whole and stored."""
+        attempt.may_have_result = True  # also if the connection ends before the store answers
         start = incoming.offset
         chunks: list[bytes] = []
         frame: protocol.Frame = first

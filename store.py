@@ -73,6 +73,7 @@ from store_beside import tokens_by_digest
 from store_blobs import (
     CHUNK_INDEX_BITS,
     ERASE_CHUNKS,
+    LITTLE_BYTES,
     doom_blobs,
     doom_what_a_crash_cut_short,
     drop_partial_result,
@@ -554,12 +555,15 @@ class Store:
             )
             transition(db, job, JobState.PROCESSING, reason, message="")
             row = db.execute("SELECT timeout FROM job WHERE id = ?", (job.id,)).fetchone()
+            files = files_of(db, attempt_id)
+            is_little = sum(file.spec.size for file in files) <= LITTLE_BYTES
             return Assignment(
                 QueuedJob(job.id, job.user_id, job.service),
                 attempt_id,
                 job.attempts,
                 row[0],
-                files_of(db, attempt_id),
+                files,
+                read_stream(db, files, 0) if is_little else None,
             )
 
         return await self._writer.write(operation)
@@ -801,13 +805,17 @@ class Store:
     # --- blobs
 
     async def result(self, job_id: int) -> StoredResult | None:
-        """Return what an ended job left, whole, None if there is nothing (any more)."""
+        """Return what an ended job left, whole, None if there is nothing (any more).
+
+        A little one comes with its content: to read that alone would be another hop.
+        """
         rows = await self._read(
-            "SELECT blob.id, blob.size, blob.sha256"
+            "SELECT blob.id, blob.size, blob.sha256, chunk.data"
             " FROM job JOIN attempt ON attempt.id = job.attempt_id"
             " JOIN blob ON blob.id = attempt.result_blob"
+            " LEFT JOIN chunk ON chunk.id = blob.id << ? AND blob.size <= ?"
             " WHERE job.id = ? AND blob.state = 'sealed'",
-            (job_id,),
+            (CHUNK_INDEX_BITS, LITTLE_BYTES, job_id),
         )
         return StoredResult(*rows[0]) if rows else None
 

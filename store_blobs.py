@@ -18,6 +18,8 @@ from records import ResultMismatch, StoredFile
 log = logging.getLogger("orchestrator.store")
 
 ERASE_CHUNKS = 16
+LITTLE_BYTES = 64 * 1024
+"""What is read along with the row that refers to it, to save the hop; within one chunk."""
 CHUNK_INDEX_BITS = 20  # 2**20 chunks of 256 KiB: blobs up to 256 GiB
 
 

@@ -144,6 +144,10 @@ class Upload:
             self._store.uploaded_bytes.add(sum(file.spec.size for file in files))
         return submission
 
+    def has_loose_ends(self) -> bool:
+        """Whether there is anything on its way to the disk, or there, that no job refers to."""
+        return self._flushing is not None or bool(self._flushed)
+
     async def abandon(self) -> None:
         """Leave nothing behind; does nothing after a commit that made a job."""
         self._pending.clear()

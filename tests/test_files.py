@@ -122,6 +122,30 @@ async def test_head_tells_the_same_and_sends_nothing(shared: tuple[Server, int])
         assert (answer[0], answer[2], int(fields["content-length"])) == (200, b"", len(body))
 
 
+async def test_a_little_result_is_sent_as_a_large_one_is(shared: tuple[Server, int]) -> None:
+    server, large_id = shared
+    little_id = await server.upload("echo little\n")
+    await server.wait(little_id, "Completed")
+    url = f"{server.url}/download/{little_id}"
+    _, fields_of_large, _ = await headed("-I", f"{server.url}/download/{large_id}")
+    status, fields, whole = await headed(url)
+    size = len(whole)
+    assert fields.keys() == fields_of_large.keys()
+    assert (status, fields["content-type"], int(fields["content-length"])) == (
+        *(200, "application/zip", size),
+    )
+    assert size < 65536, "it is not read in pieces"
+    assert b"little" in zipfile.ZipFile(io.BytesIO(whole)).read("stdout.log")
+    for asked, part in {"bytes=5-9": whole[5:10], "bytes=-7": whole[-7:]}.items():
+        status, fields, body = await headed(url, "-H", f"Range: {asked}")
+        assert (status, body) == (206, part)
+        assert fields["content-range"].endswith(f"/{size}")
+    assert (await headed(url, "-H", f"Range: bytes={size}-"))[0] == 416
+    assert (await headed(url, "-H", f"If-None-Match: {fields['etag']}"))[0] == 304
+    answer = await headed("-I", url)
+    assert (int(answer[1]["content-length"]), answer[2]) == (size, b"")
+
+
 async def test_the_files_of_a_result_are_listed_and_got_one_by_one(
     shared: tuple[Server, int],
 ) -> None:
