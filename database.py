@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _WAL_LIMIT_BYTES = 64 * 1024 * 1024
 _BATCH_OPERATIONS = 512
-_BATCH_BYTES = 1024 * 1024  # about 7 ms of writing: short ones never wait longer
+_BATCH_BYTES = 2 * 1024 * 1024  # about 10 ms of writing: short ones never wait longer
 _VACUUM_PAGES = 512
 SQLITE_VERSION = sqlite3.sqlite_version
 _OLDEST_SQLITE = (3, 35, 0)  # the first with RETURNING (sqlite.org/lang_returning.html)

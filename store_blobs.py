@@ -51,7 +51,9 @@ def has_result(db: Database, attempt_id: int) -> bool:
     return row is not None
 
 
-def insert_chunks(db: Database, blob_id: int, first: int, chunks: Sequence[bytes]) -> None:
+def insert_chunks(
+    db: Database, blob_id: int, first: int, chunks: Sequence[bytes | memoryview]
+) -> None:
     """Write chunks of a blob, the first one at index ``first``."""
     base = blob_id << CHUNK_INDEX_BITS
     db.executemany(

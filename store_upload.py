@@ -32,7 +32,7 @@ log = logging.getLogger("orchestrator.store")
 
 T = TypeVar("T")
 
-_FLUSH_BYTES = 1024 * 1024
+_FLUSH_BYTES = 2 * 1024 * 1024
 KEY_SECONDS = 24 * 3600.0
 
 
@@ -50,7 +50,7 @@ class _OpenFile:
 class _PendingChunk:
     blob_id: int
     index: int
-    data: bytes
+    data: memoryview
 
 
 class BlobStore(Protocol):
@@ -71,7 +71,7 @@ class BlobStore(Protocol):
 class Upload:
     """The files of a job while they arrive. End it with :meth:`commit` or :meth:`abandon`.
 
-    Holds at most about 3 MiB in memory: one flush is written while the next is gathered.
+    Holds at most about 4 MiB in memory: one flush is written while the next is gathered.
     A small upload never touches the disk before its commit.
     """
 
@@ -97,18 +97,15 @@ class Upload:
         file.digest.update(data)
         file.size += len(data)
         file.buffer += data
-        while len(file.buffer) >= CHUNK_BYTES:
-            self._cut_chunk(file, bytes(file.buffer[:CHUNK_BYTES]))
-            del file.buffer[:CHUNK_BYTES]
-        if self._pending_bytes >= _FLUSH_BYTES:
+        if self._pending_bytes + len(file.buffer) >= _FLUSH_BYTES:
+            self._cut(file, len(file.buffer) // CHUNK_BYTES * CHUNK_BYTES)
             await self._flush()
 
     async def finish_file(self) -> None:
         """End the file."""
         file = self._file
         assert file is not None
-        if file.buffer:
-            self._cut_chunk(file, bytes(file.buffer))
+        self._cut(file, len(file.buffer))
         spec = FileSpec(file.name, file.size, file.digest.hexdigest())
         self._files.append(StoredFile(spec, file.blob_id))
         self._file = None
@@ -157,10 +154,15 @@ class Upload:
             log.info("event=upload_flush_failed error=%r", str(error))
         self._store.erase_later(self._flushed)
 
-    def _cut_chunk(self, file: _OpenFile, data: bytes) -> None:
-        self._pending.append(_PendingChunk(file.blob_id, file.chunks, data))
-        self._pending_bytes += len(data)
-        file.chunks += 1
+    def _cut(self, file: _OpenFile, size: int) -> None:
+        """Make chunks of the first bytes of the buffer, which are views of it, not copies."""
+        data = memoryview(file.buffer)
+        for start in range(0, size, CHUNK_BYTES):
+            chunk = data[start : min(start + CHUNK_BYTES, size)]
+            self._pending.append(_PendingChunk(file.blob_id, file.chunks, chunk))
+            file.chunks += 1
+        self._pending_bytes += size
+        file.buffer = bytearray(data[size:])
 
     def _take_pending(self) -> list[_PendingChunk]:
         pending, self._pending, self._pending_bytes = self._pending, [], 0
