@@ -16,12 +16,13 @@ from typing import Protocol, TypeAlias
 import protocol
 
 Source: TypeAlias = Callable[[int], Awaitable[bytes]]
-"""Returns the piece of a transfer that starts at the offset: at most one chunk.
+"""Returns the piece of a transfer that starts at the offset: a chunk, or some to be sent in turn.
 
 Nothing, if the transfer turns out to end there.
 """
 
 NO_GAP = range(0)
+_NOTHING = memoryview(b"")
 
 
 class Socket(Protocol):
@@ -42,6 +43,8 @@ class _Sending:
     end: int
     gap: range = NO_GAP
     on_sent: Callable[[], None] | None = None
+    piece: memoryview = _NOTHING
+    piece_start: int = 0
 
     def next_offset(self) -> int:
         return self.gap.stop if self.offset in self.gap else self.offset
@@ -50,6 +53,14 @@ class _Sending:
         """How many bytes may stand in a frame at the next offset."""
         is_before_gap = self.next_offset() < self.gap.start
         return (self.gap.start if is_before_gap else self.end) - self.next_offset()
+
+    async def frame_at(self, offset: int) -> memoryview:
+        """Return what goes into the frame at the next offset; nothing at the transfer's end."""
+        if not 0 <= offset - self.piece_start < len(self.piece):
+            room = self.room()
+            self.piece, self.piece_start = memoryview(await self.source(offset))[:room], offset
+        start = offset - self.piece_start
+        return self.piece[start : start + protocol.CHUNK_BYTES]
 
     def may_send(self) -> bool:
         return self.offset < self.end and self.offset - self.acknowledged < protocol.WINDOW_BYTES
@@ -144,8 +155,8 @@ class Outbox:
         sending = self._sending[transfer]
         if not sending.may_send():
             return  # it was marked as ready while its last frame, or the window's, was read
-        offset, room = sending.next_offset(), sending.room()
-        data = (await sending.source(offset))[:room]
+        offset = sending.next_offset()
+        data = await sending.frame_at(offset)
         if self._sending.get(transfer) is not sending:
             return  # closed or replaced while its source was read
         if not data:

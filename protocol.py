@@ -23,6 +23,9 @@ PROTOCOL_VERSION = 1
 CHUNK_BYTES = 256 * 1024
 """Bytes in every binary frame but the last of its transfer, and in every stored chunk."""
 
+READ_BYTES = 4 * CHUNK_BYTES
+"""Bytes that the sender of a long transfer reads at a time: a thread's turn for some frames."""
+
 WINDOW_BYTES = 4 * 1024 * 1024
 """How far a sender may run ahead of the last offset that its receiver acknowledged."""
 
@@ -570,7 +573,7 @@ def transfer_parts(transfer: int) -> tuple[int, Stream]:
         raise ProtocolError(f"unknown stream in transfer {transfer}") from None
 
 
-def encode_frame(transfer: int, offset: int, data: bytes) -> bytes:
+def encode_frame(transfer: int, offset: int, data: bytes | memoryview) -> bytes:
     """Return the binary frame for one piece of a transfer."""
     return _HEADER.pack(transfer, offset) + data
 

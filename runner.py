@@ -493,14 +493,14 @@ class JobDirectory:
             return hashlib.file_digest(source, "sha256").hexdigest()
 
     async def read_result(self, offset: int) -> bytes:
-        """Return one chunk of the archive."""
+        """Return some chunks of the archive."""
         if self._little_archive is not None:
-            return self._little_archive[offset : offset + protocol.CHUNK_BYTES]
+            return self._little_archive[offset:]
         return await asyncio.to_thread(self._read_archive, offset)
 
     def _read_archive(self, offset: int) -> bytes:
         with open(self.path / "result.zip", "rb") as archive:
-            return os.pread(archive.fileno(), protocol.CHUNK_BYTES, offset)
+            return os.pread(archive.fileno(), protocol.READ_BYTES, offset)
 
 
 def inherited_environment(own: Mapping[str, str]) -> dict[str, str]:

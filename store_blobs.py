@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from database import Database, StoreUnavailable
-from protocol import CHUNK_BYTES, FileSpec, Finished
+from protocol import CHUNK_BYTES, READ_BYTES, FileSpec, Finished
 from records import ResultMismatch, StoredFile
 
 log = logging.getLogger("orchestrator.store")
@@ -102,9 +102,9 @@ def seal_result(db: Database, report: Finished) -> None:
 
 
 def read_stream(db: Database, files: Sequence[StoredFile], offset: int) -> bytes:
-    """Return up to one chunk of the files' bytes, taken as one stream, from ``offset``."""
+    """Return the next of the files' bytes, taken as one stream, from ``offset``."""
     parts: list[bytes] = []
-    room = CHUNK_BYTES
+    room = READ_BYTES
     for file in files:
         if offset >= file.spec.size:
             offset -= file.spec.size

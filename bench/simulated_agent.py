@@ -33,7 +33,7 @@ _HASH_BYTES = 1024 * 1024
 
 
 class Archive:
-    """The result that every job gets: a file, which is read in frames as an agent reads its own."""
+    """The result that every job gets: a file, which is read as an agent reads its own."""
 
     def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size
@@ -44,10 +44,10 @@ class Archive:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     async def read(self, offset: int) -> bytes:
-        """Return the frame at an offset; large files are read in a thread, as agents do."""
+        """Return what is at an offset; large files are read in a thread, as agents do."""
         if self._only_frame is not None:
             return self._only_frame
-        return await asyncio.to_thread(os.pread, self._file, protocol.CHUNK_BYTES, offset)
+        return await asyncio.to_thread(os.pread, self._file, protocol.READ_BYTES, offset)
 
 
 def write_minimal_archive(path: Path) -> None:

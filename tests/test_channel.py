@@ -74,6 +74,25 @@ async def test_transfers_take_turns_and_messages_go_first() -> None:
     assert socket.sent[5] == protocol.Heartbeat()
 
 
+async def test_what_is_read_at_once_is_sent_in_frames_that_take_turns() -> None:
+    outbox, socket = Outbox(), RecordingSocket()
+    content = bytes(range(256)) * (5 * CHUNK_BYTES // 512)  # two and a half chunks
+    reads: list[int] = []
+
+    async def source(offset: int) -> bytes:
+        reads.append(offset)
+        return content[offset : offset + protocol.READ_BYTES]
+
+    outbox.open(8, source, 0, len(content))
+    outbox.open(16, _zeros, 0, 2 * CHUNK_BYTES)
+    await _run_until_idle(outbox, socket)
+    assert [frame.transfer for frame in socket.frames()] == [8, 16, 8, 16, 8]
+    own = [frame for frame in socket.frames() if frame.transfer == 8]
+    assert [frame.offset for frame in own] == [0, CHUNK_BYTES, 2 * CHUNK_BYTES]
+    assert b"".join(frame.data for frame in own) == content
+    assert reads == [0]
+
+
 async def test_a_transfer_resumes_where_the_receiver_is() -> None:
     outbox, socket = Outbox(), RecordingSocket()
     outbox.open(8, _zeros, 0, 4 * CHUNK_BYTES)
