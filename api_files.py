@@ -35,7 +35,7 @@ from store import Store
 from zip_members import Archive, DamagedArchive, Member
 from zip_stream import Source, zip_of
 
-_STEP_BYTES = 512 * 1024
+_STEP_BYTES = 1024 * 1024
 _PAGE_FILES = 1000
 
 _CONTENT_TYPES: Mapping[str, str] = {
@@ -284,23 +284,24 @@ def _refusal(request: web.Request, tag: str) -> web.Response | None:
 async def _read_ahead(
     store: Store, blob_id: int, start: int, end: int
 ) -> AsyncGenerator[bytes, None]:
-    """Yield a part of a blob; the next piece is read while the taker has the one before."""
+    """Yield a part of a blob; the next step is read while the taker has the one before."""
 
-    def read() -> asyncio.Task[bytes]:
+    def read() -> asyncio.Task[list[bytes]]:
         # up to a multiple of the step, so that no chunk is read twice
         stop = min(end, (start // _STEP_BYTES + 1) * _STEP_BYTES)
-        return asyncio.create_task(store.read_blob(blob_id, start, stop - start))
+        return asyncio.create_task(store.read_pieces(blob_id, start, stop - start))
 
     if start == end:
         return
     reading = read()
     try:
         while True:
-            data = await reading
-            start += len(data)
+            pieces = await reading
+            start += sum(map(len, pieces))
             if start < end:
                 reading = read()
-            yield data
+            for piece in pieces:
+                yield piece
             if start == end:
                 return
     finally:

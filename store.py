@@ -852,6 +852,10 @@ class Store:
 
     async def read_blob(self, blob_id: int, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of a blob from ``offset`` on, all within it, in one hop."""
+        return b"".join(await self.read_pieces(blob_id, offset, size))
+
+    async def read_pieces(self, blob_id: int, offset: int, size: int) -> list[bytes]:
+        """Return the same as :meth:`read_blob` in the pieces in which it is stored, not copied."""
         first, within = divmod(offset, CHUNK_BYTES)
         last = (offset + size - 1) // CHUNK_BYTES
         base = blob_id << CHUNK_INDEX_BITS
@@ -859,13 +863,17 @@ class Store:
             "SELECT data FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id",
             (base + first, base + last),
         )
-        data = b"".join(row[0] for row in rows)
-        if len(data) - within < size:
+        pieces: list[bytes] = [row[0] for row in rows]
+        excess = sum(map(len, pieces)) - within - size
+        if excess < 0:
             raise StoreUnavailable(f"blob {blob_id} has not {size} bytes at {offset}")
-        return data if len(data) == size else data[within : within + size]
+        if pieces:
+            pieces[-1] = pieces[-1][: len(pieces[-1]) - excess]
+            pieces[0] = pieces[0][within:]
+        return pieces
 
     async def read_files(self, files: Sequence[StoredFile], offset: int) -> bytes:
-        """Return up to one chunk of the files' bytes, taken as one stream, from ``offset``."""
+        """Return some chunks of the files' bytes, taken as one stream, from ``offset``."""
         async with self._reader() as reader:
             with translated():
                 return await reader.call(lambda db: read_stream(db, files, offset))
