@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -118,7 +118,8 @@ class Agent:
         """
         lock = await _lock(self._settings.workdir)
         try:
-            self._agent_id = _identity(self._settings.workdir)
+            with _unusable_refused(self._settings.workdir):
+                self._agent_id = _identity(self._settings.workdir)
             self._launcher.warm_up()
             self._snapshots = Snapshots(self._settings.workdir / "snapshots")
             async with asyncio.TaskGroup() as self._tasks:
@@ -555,19 +556,44 @@ async def _receive_welcome(socket: aiohttp.ClientWebSocketResponse) -> protocol.
     raise _ConnectionEnded("the server closed the connection before its welcome")
 
 
+@contextlib.contextmanager
+def _unusable_refused(workdir: Path) -> Iterator[None]:
+    """Say what to do about a work directory in which nothing can be written."""
+    try:
+        yield
+    except OSError as error:
+        raise AgentRefused(
+            f"{workdir}: {error.strerror}; an agent must be able to make this directory and to"
+            " write in it: give its user that right, or choose another place with --workdir"
+        ) from None
+
+
 async def _lock(workdir: Path) -> int:
     """Keep a second agent off the work directory; waits a little for one that is ending."""
-    workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = asyncio.get_running_loop().time() + _LOCK_SECONDS
+    with _unusable_refused(workdir):
+        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        async with asyncio.timeout(_LOCK_SECONDS):
+            await _take_lock(descriptor, workdir)
+    except TimeoutError:
+        os.close(descriptor)
+        raise AgentRefused(
+            f"{workdir}: another agent works in this directory; end it, or choose another place"
+            " with --workdir"
+        ) from None
+    return descriptor
+
+
+async def _take_lock(descriptor: int, workdir: Path) -> None:
+    is_told = False
     while True:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if asyncio.get_running_loop().time() > deadline:
-                os.close(descriptor)
-                raise AgentRefused(f"{workdir}: another agent works in this directory") from None
+            return
+        if not is_told:
+            log.info("event=waiting_for_other_agent workdir=%s seconds=%g", workdir, _LOCK_SECONDS)
+            is_told = True
         await asyncio.sleep(_LOCK_PAUSE_SECONDS)
 
 
@@ -653,8 +679,10 @@ def _read_token(options: argparse.Namespace) -> str | None:
     if options.token_file is not None:
         try:
             return config.checked_token(options.token_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{options.token_file}: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{options.token_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{options.token_file}: is not a text in UTF-8") from None
     return None
 
 

@@ -1,4 +1,4 @@
-"""The connection of a client: work that is for this client alone ends with it."""
+"""The connection of a client: what is done for it alone ends with it, and what is not HTTP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,50 @@ from contextlib import contextmanager
 from typing import cast
 
 from aiohttp import web
+
+from api_answers import error_answer
+
+
+class ConnectionRunner(web.AppRunner):
+    """Runs an application whose connections answer what is no HTTP in the error shape, too.
+
+    Such requests never come to the application. aiohttp answers them in
+    :meth:`aiohttp.web.RequestHandler.handle_error`, with a plain text.
+    """
+
+    async def _make_server(self) -> web.Server:
+        server = await super()._make_server()
+        loop = asyncio.get_running_loop()
+        return _Server(
+            server.request_handler,
+            request_factory=server.request_factory,
+            loop=loop,
+            **self._kwargs,
+        )
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(web.RequestHandler):
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        super().handle_error(request, status, exc, message)  # logs it, or raises
+        if message is None:
+            answer = error_answer(status, "internal error; see the server's log")
+        else:
+            # of several lines the others show the bytes, and where in them it is
+            words = message.partition("\n")[0].rstrip(":")
+            answer = error_answer(status, f"not an acceptable HTTP request: {words}")
+        answer.force_close()
+        return answer
 
 
 def break_off(request: web.Request) -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -21,6 +22,7 @@ from aiohttp import web
 
 import access
 import api
+import api_connection
 import api_log
 import config
 import demo
@@ -120,7 +122,7 @@ async def _serve_store(
     dispatcher = Dispatcher(store, settings)
     background.append(tasks.create_task(dispatcher.run(), name="dispatcher"))
     background.append(tasks.create_task(keep_retention(store, settings), name="retention"))
-    runner = web.AppRunner(
+    runner = api_connection.ConnectionRunner(
         api.make_application(store, dispatcher, settings, token, instruments),
         access_log=logging.getLogger("orchestrator.access"),
         access_log_class=api_log.access_logger(settings, instruments.http),
@@ -171,12 +173,24 @@ async def _listen(runner: web.AppRunner, settings: Settings) -> str:
         await site.start()
     except OSError as error:
         raise StartError(
-            f"can't listen on {settings.host} port {settings.port}: {error.strerror};"
-            " choose another with --port"
+            f"can't listen on {settings.host} port {settings.port}: {_why_not_bound(error)}"
         ) from None
     host, port = runner.addresses[0][:2]
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}"
+
+
+def _why_not_bound(error: OSError) -> str:
+    """Say in words what is wrong with an address to listen on, and what to do about it."""
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "another program listens there; end it, or choose another with --port"
+        case errno.EACCES:
+            return "ports below 1024 need rights of their own; choose another with --port"
+        case errno.EADDRNOTAVAIL:
+            return "this machine does not have that address; choose another with --host"
+    # of the resolver, whose codes are not errno's
+    return f"{error.strerror}; choose another with --host or --port"
 
 
 def _announce(url: str) -> None:

@@ -23,11 +23,21 @@ from store_blobs import CHUNK_INDEX_BITS
 
 
 @contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Say of which file it is that it can't be used."""
+    try:
+        with translated():
+            yield
+    except StoreUnavailable as error:
+        raise StoreUnavailable(f"{path}: {error}") from error
+
+
+@contextmanager
 def _tokens_beside(path: str) -> Iterator[sqlite3.Connection]:
     """Open a database for its tokens, also while a server runs on it."""
     if not os.path.exists(path):
         raise StoreRefused(f"{path}: no such file; start the server once to create it")
-    with translated(), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as db:
+    with _named(path), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as db:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if application != APPLICATION_ID or version != len(MIGRATIONS):
@@ -104,10 +114,12 @@ def back_up(path: str, target: str, progress: Progress) -> None:
     and :class:`StoreError` if the copy could not be made or is damaged.
     """
     if os.path.exists(target):
-        raise StoreRefused(f"{target}: is there already")
+        raise StoreRefused(f"{target}: is there already; choose another name")
+    if not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK | os.X_OK):
+        raise StoreRefused(f"{target}: its directory is not there, or can't be written to")
     unfinished = f"{target}.unfinished"
     try:
-        with translated(), closing(_connect_beside(path)) as source:
+        with _named(path), closing(_connect_beside(path)) as source:
             # A read transaction of the source's own pins one snapshot. Without it the backup
             # begins anew at every write of the server (sqlite.org/c3ref/backup_finish.html).
             source.execute("BEGIN")
@@ -136,7 +148,7 @@ def check(path: str, progress: Progress) -> list[str]:
     Works beside a running server, on the state at its beginning. Returns what was found, in
     sentences; raises :class:`StoreRefused` if it is not a database of ours.
     """
-    with translated(), closing(_connect_beside(path)) as db:
+    with _named(path), closing(_connect_beside(path)) as db:
         db.execute("BEGIN")
         if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise StoreRefused(f"{path}: not a database of Orchestrator")

@@ -54,6 +54,8 @@ async def test_a_backup_overwrites_nothing_and_needs_a_database(
     code, output = await orchestrator("backup", tmp_path / "new", "--db", tmp_path / "none")
     assert (code, "no such file" in output) == (2, True)
     assert not (tmp_path / "new").exists()
+    code, output = await orchestrator("backup", tmp_path / "no" / "x", "--db", bare_server.database)
+    assert (code, "/no/x: its directory is not there" in output) == (2, True)
 
 
 DAMAGE = {
@@ -87,5 +89,5 @@ async def test_the_check_says_what_is_no_database(tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("text\n" * 1000)
     code, output = await orchestrator("check", other)
-    assert code == 2
+    assert (code, f"{other}: " in output) == (2, True)
     assert "Traceback" not in output

@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import signal
+import socket
 import stat
 import sys
 import zipfile
@@ -344,23 +345,46 @@ async def test_help_and_version(program: str, words: list[str]) -> None:
     assert (code, text.decode().strip()) == (0, "0.1.0")
 
 
+_TAKEN = "taken"  # stands for a port on which another program listens
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--port", "x"], b"PORT"),
         (["--config", "/nowhere.toml"], b"/nowhere.toml"),
         (["--db", "/nowhere/x.db"], b"/nowhere/x.db"),
-        (["--host", "192.0.2.1"], b"can't listen"),
+        (["--host", "192.0.2.1"], b"does not have that address; choose another with --host"),
+        (["--port", _TAKEN], b"another program listens there; end it, or choose another with --p"),
     ],
 )
 async def test_a_server_that_can_not_start_says_why(
     tmp_path: Path, arguments: list[str], words: bytes
 ) -> None:
-    code, output = await run(
-        sys.executable, str(PROJECT / "orchestrator.py"), "--no-agent", *arguments, cwd=tmp_path
-    )
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        code, output = await run(
+            *(sys.executable, str(PROJECT / "orchestrator.py"), "--no-agent"),
+            *(taken if word == _TAKEN else word for word in arguments),
+            cwd=tmp_path,
+        )
     assert code == 2
     assert words in output
+    assert b"Traceback" not in output
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/below", "agent"])
+async def test_an_agent_that_can_not_use_its_directory_says_why(
+    tmp_path: Path, workdir: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "agent" / "agent-id").mkdir(parents=True)
+    code, output = await run(
+        *(sys.executable, str(PROJECT / "agent.py"), "--server", "http://127.0.0.1:9"),
+        *("--workdir", str(tmp_path / workdir)),
+    )
+    assert code == 2
+    assert b"choose another place with --workdir" in output
     assert b"Traceback" not in output
 
 
