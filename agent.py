@@ -117,11 +117,11 @@ class Agent:
         its jobs running; the next process with this work directory adopts them.
         """
         lock = await _lock(self._settings.workdir)
+        self._snapshots = Snapshots(self._settings.workdir / "snapshots")
         try:
             with _unusable_refused(self._settings.workdir):
                 self._agent_id = _identity(self._settings.workdir)
             self._launcher.warm_up()
-            self._snapshots = Snapshots(self._settings.workdir / "snapshots")
             async with asyncio.TaskGroup() as self._tasks:
                 for directory in await asyncio.to_thread(
                     runner.JobDirectory.find_all, self._attempts_path

@@ -1,4 +1,4 @@
-"""The connection of a client: what is done for it alone ends with it, and what is not HTTP."""
+"""A client's connection: what is done for it alone ends with it, what is not HTTP is refused."""
 
 from __future__ import annotations
 

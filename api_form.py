@@ -240,7 +240,9 @@ def checked_service(service: str, services: Mapping[str, ServiceLimits]) -> Serv
     """Return the limits of a service; raises :class:`BadRequest` if it is not configured."""
     limits = services.get(service)
     if limits is None:
-        raise BadRequest(f"service: unknown service {service!r:.80}")
+        raise BadRequest(
+            f"service: unknown service {service!r:.80}; GET /services tells which there are"
+        )
     return limits
 
 

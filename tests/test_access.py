@@ -20,7 +20,6 @@ import orchestrator
 from access import Role, Token, is_for_bound_tokens, needed_role
 from store_beside import create_token, revoke_token
 from tests.harness import PROJECT, Answer, Server, curl, run, running_server
-from tests.test_api import assert_error
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     },
     "api_guard": {"config", "api_answers"},
     "api_form": {"protocol", "records", "store_upload", "config", "api_answers"},
-    "api_connection": set[str](),
+    "api_connection": {"api_answers"},
     "api_jobs": {
         *("protocol", "events", "records", "store", "dispatch"),
         *("api_answers", "api_connection", "api_form", "api_access"),
@@ -90,7 +90,16 @@ MAY_IMPORT = {
     "demo": {"api"},
     "orchestrator": {
         *("protocol", "channel", "store", "store_beside", "database", "dispatch", "config"),
-        *("access", "api", "api_log", "instruments", "logs", "demo", "event_loop"),
+        *(
+            "access",
+            "api",
+            "api_connection",
+            "api_log",
+            "instruments",
+            "logs",
+            "demo",
+            "event_loop",
+        ),
     },
     "archive": set[str](),
     "runner": {"protocol", "launcher", "archive"},
