@@ -334,5 +334,8 @@ def _define(services: dict[str, ServiceLimits], service: str, limits: Mapping[st
         if name not in _LIMITS:
             raise ValueError(f"unknown limit {name}")
         attribute, parse = _LIMITS[name]
-        changes[attribute] = parse(value)
+        try:
+            changes[attribute] = parse(value)
+        except ValueError as error:
+            raise ValueError(f"{attribute} {error}") from None
     services[service] = dataclasses.replace(services.get(service, ServiceLimits()), **changes)

@@ -42,6 +42,7 @@ log = logging.getLogger("orchestrator")
 _STOP_REQUESTS_SECONDS = 3.0
 _STOP_AGENT_SECONDS = 3.0
 _AGENT_RESTART_SECONDS = 1.0
+_INTERRUPTED = 128 + signal.SIGINT  # as shells tell it
 _REMEMBERED_JOBS = 2000  # of all services, for their medians
 _RETENTION_LONGEST_PAUSE = 3600.0  # so that a clock that was set is noticed
 _RETENTION_RETRY_SECONDS = 60.0
@@ -479,13 +480,15 @@ def main() -> int:
     """Entry point of ``orchestrator.py`` and of ``orchestrator``."""
     options = parse_arguments(sys.argv[1:])
     logs.configure(LogFormat.TEXT)
-    code = 0
-    with contextlib.suppress(KeyboardInterrupt):
-        try:
-            code = _run_command(options)
-        except* (ConfigError, StartError, StoreError) as group:
-            sys.stderr.write(f"orchestrator: {first_failure(group)}\n")
-            code = 2
+    try:
+        code = _run_command(options)
+    except* (ConfigError, StartError, StoreError) as group:
+        sys.stderr.write(f"orchestrator: {first_failure(group)}\n")
+        code = 2
+    except* KeyboardInterrupt:
+        # not 0, which would say of a backup or a check that it was done
+        sys.stderr.write("orchestrator: interrupted\n")
+        code = _INTERRUPTED
     return code
 
 

@@ -56,6 +56,13 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
         config.load({}, {}, file)
 
 
+def test_a_bad_limit_of_a_service_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "orchestrator.toml"
+    file.write_text("[services.dock]\nmax_runs = 2\ntimeout = 0\n")
+    with pytest.raises(ConfigError, match=r"services\.dock: timeout must be a whole number"):
+        config.load({}, {}, file)
+
+
 def test_an_agent_keeps_a_directory_for_each_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
     here = default_workdir("node", "http://head:5000")
