@@ -97,7 +97,7 @@ async def test_clocks_that_jump_end_no_lease_and_no_job_early_or_late(tmp_path: 
     clock.write_text("0")
     os.mkfifo(go)
     environment = {
-        **{"LEASE": "3", "KILL_GRACE": "0.2"},
+        **{"LEASE": "8", "KILL_GRACE": "0.2"},
         **{"SERVICE_LONG_TIMEOUT": "3600", "SERVICE_SHORT_TIMEOUT": "1"},
     }
 
