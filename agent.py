@@ -750,6 +750,9 @@ def main() -> int:
     except* (ConfigError, AgentRefused) as group:
         sys.stderr.write(f"orchestrator-agent: {first_failure(group)}\n")
         return_code = 2
+    except* KeyboardInterrupt:  # before it was ready to stop in order
+        sys.stderr.write("orchestrator-agent: interrupted\n")
+        return_code = 128 + signal.SIGINT
     else:
         return_code = 0
     return return_code

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sqlite3
 import sys
 from pathlib import Path
@@ -57,22 +56,6 @@ async def test_a_backup_overwrites_nothing_and_needs_a_database(
     assert not (tmp_path / "new").exists()
     code, output = await orchestrator("backup", tmp_path / "no" / "x", "--db", bare_server.database)
     assert (code, "/no/x: its directory is not there" in output) == (2, True)
-
-
-async def test_a_command_that_is_interrupted_does_not_claim_success(tmp_path: Path) -> None:
-    settings = tmp_path / "settings.toml"
-    os.mkfifo(settings)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(PROJECT / "orchestrator.py")),
-        *("--config", str(settings), "backup", str(tmp_path / "copy")),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    # once this returns, the command is waiting for its settings
-    descriptor = await asyncio.to_thread(os.open, settings, os.O_WRONLY)
-    process.send_signal(signal.SIGINT)
-    _, said = await asyncio.wait_for(process.communicate(), 10)
-    os.close(descriptor)
-    assert (process.returncode, said) == (130, b"orchestrator: interrupted\n")
 
 
 DAMAGE = {

@@ -373,6 +373,32 @@ async def test_a_server_that_can_not_start_says_why(
     assert b"Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("orchestrator.py", ["--config", "pipe", "backup", "copy.db"]),
+        ("orchestrator.py", ["--config", "pipe"]),
+        ("agent.py", ["--server", "http://127.0.0.1:9", "--token-file", "pipe"]),
+    ],
+)
+async def test_a_command_that_is_interrupted_does_not_claim_success(
+    tmp_path: Path, program: str, arguments: list[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(PROJECT / program), *arguments),
+        cwd=tmp_path,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    # once this returns, the command is waiting for what it reads there
+    descriptor = await asyncio.to_thread(os.open, tmp_path / "pipe", os.O_WRONLY)
+    process.send_signal(signal.SIGINT)
+    _, said = await asyncio.wait_for(process.communicate(), 10)
+    os.close(descriptor)
+    assert process.returncode == 130
+    assert said.endswith(b": interrupted\n") and b"Traceback" not in said
+
+
 @pytest.mark.parametrize("workdir", ["file", "file/below", "agent"])
 async def test_an_agent_that_can_not_use_its_directory_says_why(
     tmp_path: Path, workdir: str
