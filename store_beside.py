@@ -124,6 +124,7 @@ def back_up(path: str, target: str, progress: Progress) -> None:
             # begins anew at every write of the server (sqlite.org/c3ref/backup_finish.html).
             source.execute("BEGIN")
             source.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            _demand_ours(source, path)
             with closing(sqlite3.connect(unfinished)) as copy:
                 source.backup(
                     copy,
@@ -150,8 +151,7 @@ def check(path: str, progress: Progress) -> list[str]:
     """
     with _named(path), closing(_connect_beside(path)) as db:
         db.execute("BEGIN")
-        if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise StoreRefused(f"{path}: not a database of Orchestrator")
+        _demand_ours(db, path)
         problems = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
         problems += [
             f"row {row[1]} of {row[0]} refers to a missing {row[2]}"
@@ -165,6 +165,11 @@ def check(path: str, progress: Progress) -> list[str]:
             *_check_results(db),
             *_check_queue_lengths(db),
         ]
+
+
+def _demand_ours(db: sqlite3.Connection, path: str) -> None:
+    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise StoreRefused(f"{path}: not a database of Orchestrator")
 
 
 def _connect_beside(path: str) -> sqlite3.Connection:

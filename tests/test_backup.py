@@ -54,6 +54,11 @@ async def test_a_backup_overwrites_nothing_and_needs_a_database(
     code, output = await orchestrator("backup", tmp_path / "new", "--db", tmp_path / "none")
     assert (code, "no such file" in output) == (2, True)
     assert not (tmp_path / "new").exists()
+    with contextlib.closing(sqlite3.connect(tmp_path / "foreign")) as foreign:
+        foreign.execute("CREATE TABLE mine (x)")
+    code, output = await orchestrator("backup", tmp_path / "new", "--db", tmp_path / "foreign")
+    assert (code, "foreign: not a database of Orchestrator" in output) == (2, True)
+    assert not (tmp_path / "new").exists()
     code, output = await orchestrator("backup", tmp_path / "no" / "x", "--db", bare_server.database)
     assert (code, "/no/x: its directory is not there" in output) == (2, True)
 
