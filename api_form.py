@@ -18,7 +18,8 @@ from config import LONGEST_TIMEOUT, MAX_UPLOAD_BYTES, ServiceLimits, Settings
 from records import JobRequest
 from store_upload import Upload
 
-_READ_BYTES = 256 * 1024
+# more than aiohttp ever holds back for us: what it has comes as it came, not cut and joined
+_READ_BYTES = 1024 * 1024
 _FIELD_BYTES = 4096
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _LARGEST_INTEGER = 2**63 - 1
