@@ -170,8 +170,10 @@ class Upload:
 
     async def _settle(self) -> None:
         if self._flushing is not None:
-            flushing, self._flushing = self._flushing, None
-            await flushing
+            # Who is cancelled here must not cancel the write: it stands in the writer's queue
+            # and comes, and what is to be erased can be only after it.
+            await asyncio.shield(self._flushing)
+            self._flushing = None
 
     async def _flush(self) -> None:
         await self._settle()

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -132,6 +133,32 @@ async def test_files_come_back_as_they_went_in(store: Store) -> None:
     assert stream == whole
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     assert [file.spec.sha256 for file in assignment.files] == digests
+
+
+async def test_an_upload_cancelled_while_its_bytes_are_written_leaves_nothing(
+    store: Store, path: Path
+) -> None:
+    for _ in range(20):
+        await store.probe()  # meanwhile the eraser has looked round, as it does at the start
+    disk_answers = threading.Event()
+    hanging = asyncio.ensure_future(store._writer.write(lambda _: disk_answers.wait(20)))
+    upload = store.new_upload()
+    upload.start_file("data")
+
+    async def fill() -> None:
+        while True:
+            await upload.write(bytes(1024 * 1024))
+
+    filling = asyncio.create_task(fill())
+    assert await asyncio.wait([filling], timeout=0.2) == (set(), {filling}), "it waits for the disk"
+    filling.cancel()
+    await asyncio.wait([filling])
+    abandoning = asyncio.create_task(upload.abandon())
+    disk_answers.set()
+    await asyncio.gather(hanging, abandoning)
+    await store.probe()  # whatever was in the queue before is written
+    await eventually_no_chunks(path)
+    assert rows(path, "SELECT count(*) FROM blob") == [(0,)]
 
 
 async def test_a_commit_is_visible_to_others_before_it_is_acknowledged(
