@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import sys
 from pathlib import Path
@@ -140,6 +141,12 @@ def test_imports_go_one_way() -> None:
     assert set(modules) == set(MAY_IMPORT)
     for name, path in modules.items():
         assert _imports(path) & set(modules) <= MAY_IMPORT[name], name
+
+
+def test_every_module_is_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(PROJECT / "setup.cfg")
+    assert sorted(setup["options"]["py_modules"].split()) == sorted(MAY_IMPORT)
 
 
 def test_sql_only_in_the_store_and_no_print_in_library_code() -> None:
