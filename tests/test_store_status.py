@@ -121,15 +121,16 @@ async def test_what_others_can_read_already_is_told_before_the_commit_is_acknowl
         db: Database, functions: Sequence[Callable[[Database], Any]], before_commit: Any
     ) -> Any:
         outcome = run_batch(db, functions, before_commit)
-        loop.call_soon_threadsafe(is_committed.set)
-        may_go_on.wait()
+        # the eraser, too, commits now and then
+        if stored(path, job.id).state is JobState.PROCESSING:
+            loop.call_soon_threadsafe(is_committed.set)
+            may_go_on.wait()
         return outcome
 
     monkeypatch.setattr(database, "_run_batch", run_slowly)
     beginning = asyncio.create_task(store.begin_next(Line("example", 1), "agent-1", "test"))
     try:
         await is_committed.wait()
-        assert stored(path, job.id).state is JobState.PROCESSING
         assert await store.job_status(job.id) == stored(path, job.id)
         assert not beginning.done()
     finally:
