@@ -16,8 +16,9 @@ from aiohttp import hdrs, web
 
 from api_answers import BadRequest, UnknownJob, job_id_of, rfc3339, transition_body
 from api_connection import ended_by_disconnection
-from api_jobs import has_ended, user_id_of
+from api_jobs import user_id_of
 from events import AgentChange, Event, FeedClosed, Lagged, Subscription, Transition
+from protocol import has_ended
 from store import Store
 
 log = logging.getLogger("orchestrator.api")

@@ -17,7 +17,7 @@ from api_connection import ended_by_disconnection
 from api_form import checked_user_id
 from dispatch import Dispatcher
 from events import FeedClosed, Lagged, Subscription, Transition
-from protocol import ACTIVE_STATES, JobState
+from protocol import JobState, has_ended
 from records import AttemptRecord, JobDetails, JobFilter, JobStatus, JobSummary, Line
 from store import Store
 
@@ -244,8 +244,3 @@ async def _wait_for_end(subscription: Subscription) -> None:
         event = await subscription.next()
         if isinstance(event, Transition) and has_ended(event.after):
             return
-
-
-def has_ended(state: JobState) -> bool:
-    """Say whether no attempt of a job is or will be under way."""
-    return state is not JobState.QUEUED and state not in ACTIVE_STATES

@@ -10,9 +10,11 @@ from aiohttp import hdrs, web
 from api_answers import BadRequest, Conflict, UnknownJob, job_id_of
 from api_connection import break_off, ended_by_disconnection
 from events import FeedClosed, Lagged, Output, Transition
-from protocol import ACTIVE_STATES, JobState, Stream
+from protocol import JobState, Stream, has_ended
 from records import OutputPiece, Writing
 from store import Store
+
+T = TypeVar("T")
 
 _STREAMS: Mapping[str, Stream] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _SWITCH: Mapping[str, bool] = {"0": False, "1": True}
@@ -100,7 +102,7 @@ class OutputHandlers:
             writing = await self._store.writing(job_id)
             assert writing is not None
             await self._send_stored(writer, writing, stream, None)
-            if _has_ended(writing.state):
+            if has_ended(writing.state):
                 return True
             while True:
                 try:
@@ -108,7 +110,7 @@ class OutputHandlers:
                 except Lagged:
                     return False
                 if isinstance(event, Transition):
-                    if _has_ended(event.after):
+                    if has_ended(event.after):
                         return True
                     continue
                 writer.enter(event.attempt)
@@ -145,13 +147,6 @@ class _LogWriter:
 
 def _piece_of(event: Output) -> OutputPiece:
     return OutputPiece(event.stream, event.start, event.data)
-
-
-def _has_ended(state: JobState) -> bool:
-    return state is not JobState.QUEUED and state not in ACTIVE_STATES
-
-
-T = TypeVar("T")
 
 
 def _choice(request: web.Request, name: str, default: str, choices: Mapping[str, T]) -> T:

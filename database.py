@@ -76,11 +76,14 @@ class Connection(aiosqlite.Connection):
     """aiosqlite's connection and thread, plus a way to run several statements in one hop."""
 
     async def call(self, function: Callable[[Database], T]) -> T:
+        """Run ``function`` in the connection's thread."""
         execute: Callable[[Callable[[], T]], Awaitable[T]] = self._execute
         return await execute(lambda: function(cast(Database, self._conn)))
 
 
 async def connect(path: str) -> Connection:
+    """Open a connection with a thread of its own; transactions are begun by hand."""
+
     def connector() -> sqlite3.Connection:
         # check_same_thread: aiosqlite uses it from its own thread only, but closes it anywhere
         return sqlite3.connect(
@@ -330,6 +333,7 @@ def lock_file(path: str) -> int:
 
 
 def prepare_connection(db: Database) -> None:
+    """Demand of a connection what the durability promises need."""
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA synchronous = FULL")
     db.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
@@ -343,6 +347,7 @@ def prepare_writer(db: Database) -> None:
 
 
 def prepare_reader(db: Database) -> None:
+    """For a connection that only reads."""
     db.execute("PRAGMA query_only = ON")
 
 

@@ -406,7 +406,7 @@ class Dispatcher:
                 return None
             if was_asked and status.state is protocol.JobState.KILLED:
                 return status
-            if status.state not in (*protocol.ACTIVE_STATES, protocol.JobState.QUEUED):
+            if protocol.has_ended(status.state):
                 raise AlreadyFinal(status.state)
             was_asked = True
             if job_id in self._held:

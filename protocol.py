@@ -90,6 +90,11 @@ FINAL_STATES = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.INVALID,
 """States that end a job; only retention (to Cleaned) follows."""
 
 
+def has_ended(state: JobState) -> bool:
+    """Say whether no attempt of a job in this state is or will be under way."""
+    return state is not JobState.QUEUED and state not in ACTIVE_STATES
+
+
 # --- file names -------------------------------------------------------------------
 
 _MAX_NAME_BYTES = 255

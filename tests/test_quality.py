@@ -62,7 +62,7 @@ MAY_IMPORT = {
         *("protocol", "events", "records", "store", "dispatch"),
         *("api_answers", "api_connection", "api_form", "api_access"),
     },
-    "api_events": {"events", "store", "api_answers", "api_connection", "api_jobs"},
+    "api_events": {"protocol", "events", "store", "api_answers", "api_connection", "api_jobs"},
     "zip_members": set[str](),
     "api_ranges": set[str](),
     "api_files": {
