@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket as sockets
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +29,9 @@ class RecordingSocket:
         self.sent.append(frame)
         self.on_frame(frame)
         await asyncio.sleep(0)
+
+    def get_extra_info(self, name: str) -> None:
+        """There is no transport."""
 
     def frames(self) -> list[protocol.Frame]:
         return [item for item in self.sent if isinstance(item, protocol.Frame)]
@@ -119,3 +123,62 @@ async def test_an_acknowledgement_while_the_last_frame_is_read_brings_no_empty_f
     outbox.open(8, source, 0, 2 * CHUNK_BYTES)
     await _run_until_idle(outbox, socket)
     assert [frame.offset for frame in socket.frames()] == [0, CHUNK_BYTES]
+
+
+class CorkedSocket(RecordingSocket):
+    """Notes what leaves in one piece: what was sent between cork and uncork, or alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[int] = []
+        self._corked_at: int | None = None
+
+    def get_extra_info(self, name: str) -> CorkedSocket:  # type: ignore[override]
+        assert name == "socket"
+        return self
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        assert (level, option) == (sockets.IPPROTO_TCP, sockets.TCP_CORK)
+        if value:
+            assert self._corked_at is None
+            self._corked_at = len(self.sent)
+        else:
+            assert self._corked_at is not None
+            self.pieces.append(len(self.sent) - self._corked_at)
+            self._corked_at = None
+
+    async def send_str(self, data: str) -> None:
+        self.sent.append(protocol.decode(data))
+
+    async def send_bytes(self, data: bytes) -> None:
+        self.sent.append(protocol.decode_frame(data))
+
+
+async def _hello(offset: int) -> bytes:
+    return b"hello"
+
+
+async def test_what_is_ready_leaves_in_one_piece() -> None:
+    outbox, socket = Outbox(), CorkedSocket()
+
+    def end() -> None:
+        outbox.put(protocol.Stored(2))
+        outbox.open(17, _hello, 0, 5)
+
+    outbox.put(protocol.Started(2))
+    outbox.extend(18, _hello, 0, 5, on_sent=end)  # as the last output does with the result
+    await _run_until_idle(outbox, socket)
+    assert socket.pieces == [4]
+
+
+async def test_nothing_is_kept_back_while_a_source_is_waited_for() -> None:
+    outbox, socket, disk = Outbox(), CorkedSocket(), asyncio.Event()
+
+    async def slow(offset: int) -> bytes:
+        await disk.wait()
+        return b"hello"
+
+    outbox.put(protocol.Started(2))
+    outbox.open(17, slow, 0, 5)
+    await _run_until_idle(outbox, socket)
+    assert socket.pieces == [1]

@@ -282,6 +282,8 @@ async def test_a_transfer_that_grows_leaves_out_its_gap_and_ends_where_its_sourc
         async def send_bytes(self, data: bytes) -> None:
             sent.append(data[16:])
 
+        def get_extra_info(self, name: str) -> None: ...
+
     async def source(offset: int) -> bytes:
         return content[offset : offset + 3]
 
