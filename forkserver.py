@@ -1,18 +1,17 @@
-"""The warm process that forks the supervisor of every job of an agent.
+"""The warm process that forks the supervisors of an agent.
 
 To start Python costs more than the rest of a small job; to fork a process in which it has
 started costs a small part of that. ``launcher.py`` starts one for an agent, as ``python -E
 -s -S forkserver.py SOCKET``, with the environment that jobs inherit, so that the agent's
-token is not in it. A request is one packet: a JSON list, and with it the write end of a
-pipe, the job's life line, which the supervisor holds for as long as it lives.
+token is not in it. A request is one packet with a socket, at whose other end the agent
+gives the new supervisor its jobs.
 
-It ends when the agent's end of the socket is closed, however that came about. Supervisors
-are in sessions of their own and do not need it. It ignores SIGCHLD, so the kernel reaps
-those that end before it; init reaps those that outlive it.
+It ends when the agent's end of its own socket is closed, however that came about.
+Supervisors are in sessions of their own and do not need it. It ignores SIGCHLD, so the
+kernel reaps those that end before it; init reaps those that outlive it.
 """
 
 import gc
-import json
 import os
 import signal
 import socket
@@ -21,7 +20,7 @@ import sys
 
 import supervisor
 
-_REQUEST_BYTES = 64 * 1024
+_REQUEST_BYTES = 16
 
 
 def main(arguments: list[str]) -> int:
@@ -39,48 +38,34 @@ def main(arguments: list[str]) -> int:
         )
         if not request:
             return 0
-        directory, variables, timeout, grace = json.loads(request)
-        (life_line,) = struct.unpack("i", ancillary[0][2])
-        if _fork(directory) == 0:
+        (agent,) = struct.unpack("i", ancillary[0][2])
+        if _fork() == 0:
             requests.close()
-            _supervise(directory, variables, timeout, grace, life_line)
+            _supervise(agent)
         # without a supervisor that holds it, too, the agent reads its end and asks again
-        os.close(life_line)
+        os.close(agent)
 
 
-def _fork(directory: str) -> int:
+def _fork() -> int:
     try:
         return os.fork()
     except OSError:
-        _log_failure(directory)
+        sys.excepthook(*sys.exc_info())  # into the agent's log
         return -1
 
 
-def _supervise(
-    directory: str,
-    variables: dict[str, str],
-    timeout: float | None,
-    grace: float,
-    life_line: int,
-) -> None:
-    """Be the supervisor of one job; does not return."""
+def _supervise(agent: int) -> None:
+    """Be a supervisor; does not return."""
     status = 1
     try:
         os.setsid()
         # the agent's error output is a pipe, perhaps, and whoever reads it waits for its end
         os.dup2(1, 2)
-        supervisor.supervise(directory, variables, timeout, grace, life_line)
+        gc.enable()
+        supervisor.serve(agent)
         status = 0
-    except BaseException:  # noqa: BLE001 - the agent reads it there
-        _log_failure(directory)
     finally:
         os._exit(status)  # an interpreter that tidies up first costs more than the fork
-
-
-def _log_failure(directory: str) -> None:
-    with open(os.path.join(directory, "supervisor.log"), "a", encoding="utf-8") as file:
-        sys.stderr = file
-        sys.excepthook(*sys.exc_info())
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ class JobDirectory:
         """
         # The mark first: a supervisor that has not made its claim yet sees it after that.
         (self.path / "kill").touch()
-        if (self.path / "process").exists():
+        if (self.path / "process").exists() and not self._has_ended():
             self._signal_supervisor()
         with suppress(JobLost):
             return await self.wait()
@@ -332,6 +332,10 @@ class JobDirectory:
     def is_to_be_killed(self) -> bool:
         """Whether :meth:`kill` was begun, perhaps by an earlier process of the agent."""
         return (self.path / "kill").exists()
+
+    def _has_ended(self) -> bool:
+        """Whether the supervisor said so; it may have another job by now."""
+        return self._life_line is not None and self._life_line.has_ended()
 
     def _signal_supervisor(self) -> None:
         if not self._is_of_this_boot:

@@ -1,9 +1,9 @@
-"""The process that outlives the agent: parent of one job's process tree.
+"""The process that outlives the agent: parent of one job's process tree at a time.
 
-``forkserver.py`` forks one for every job. It runs ``bash run.sh`` in ``DIR/job``, waits
-for it, sees to it that nothing of the tree survives, and leaves the exit record in
-``DIR/exit``. The agent may die and come back meanwhile. It imports little, because every
-job has a process of it, and nothing of ours.
+``forkserver.py`` forks it. It runs ``bash run.sh`` in ``DIR/job``, waits for it, sees to it
+that nothing of the tree survives, and leaves the exit record in ``DIR/exit``. The agent may
+die and come back meanwhile. Then it waits for the next job of the same agent process, if
+that still lives. It imports little, because there is one for every slot, and nothing of ours.
 
 Linux only: a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) becomes the parent of every
 orphan below it, so that a double fork or setsid() does not escape.
@@ -14,14 +14,16 @@ import ctypes
 import json
 import os
 import signal
+import sys
 import time
 
 WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 """The signals that a supervisor waits for; they are blocked before it is forked."""
 
 _PR_SET_CHILD_SUBREAPER = 36
-_JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # said on the life line
+_JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # said to the agent
 _STORM_PAUSE = 0.002
+_REQUEST_BYTES = 64 * 1024
 _RECORD_BYTES = 256  # of every record; white space after JSON is no part of it
 _PROC_FILE_BYTES = 4096  # more than proc(5) has in the files that are read here
 _FOR_EVER = 365 * 24 * 3600.0
@@ -31,35 +33,59 @@ _prctl = ctypes.CDLL(None, use_errno=True).prctl
 _inherited = dict(os.environ)
 
 
-def supervise(
-    directory: str,
-    variables: dict[str, str],
-    timeout: float | None,
-    grace: float,
-    life_line: int,
-) -> None:
-    """Run one job to its end.
+def serve(agent: int) -> None:
+    """Run one job after the other, as the agent asks for them on a socket, until it is gone.
 
-    ``variables`` are added to the environment; ``timeout`` and ``grace`` are seconds. On
-    ``life_line`` one byte tells that the job runs, another that it has ended and left no
-    process; its closing, that this process is gone, however it went.
+    A request is one packet: a JSON list of a job's directory, the variables that are added
+    to its environment, and its time limit and grace period in seconds. One byte in return
+    tells that the job runs, another that it has ended and left no process. The end of the
+    file tells that this process is gone, however it went.
+
+    Between two jobs SIGTERM ends it. So a request to kill that comes when the job has just
+    ended can't hit the next one: the agent sends that only afterwards.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    identity: dict[str, object] = {"pid": os.getpid(), "start": _start_time("self")}
+    while request := _next_request(agent):
+        directory, variables, timeout, grace = json.loads(request)
+        try:
+            os.chdir(directory)
+            if not _claim(identity):
+                return
+            if os.path.exists("kill"):
+                # asked for before the claim, by an agent that did not yet see this process
+                _write_atomically("exit", {"kind": "killed"})
+                return
+            _supervise(variables, timeout, grace, agent)
+        except BaseException:
+            _log_failure(directory)  # where the agent looks for it
+            raise
+        os.chdir("/")
+        _tell(agent, _NOTHING_LEFT)
+
+
+def _next_request(agent: int) -> bytes:
+    """Wait for a job; returns nothing once the agent is gone."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        return os.read(agent, _REQUEST_BYTES)
+    except ConnectionResetError:
+        return b""  # it went with a word of ours unread
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _supervise(variables: dict[str, str], timeout: float | None, grace: float, agent: int) -> None:
+    """Run the job of this directory to its end.
 
     Nothing is synced. The records are for a successor of the agent; after a restart of the
     machine they would prove nothing, as the files of the job were not synced either.
     """
-    os.chdir(directory)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if not _claim():
-        return
-    if os.path.exists("kill"):
-        # asked for before the claim, by an agent that did not yet see this process
-        _write_atomically("exit", {"kind": "killed"})
-        return
-    if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     deadline = None if timeout is None else time.monotonic() + timeout
     job = _start_job({**_inherited, **variables})
-    _tell(life_line, _JOB_RUNS)
+    _tell(agent, _JOB_RUNS)
     record = _wait(job, deadline) if job else {"kind": "exited", "code": _CANNOT_START}
     if record["kind"] in ("exited", "signalled"):
         # before the rest of the tree is ended: a crash from here on must not repeat the job
@@ -67,18 +93,22 @@ def supervise(
     _end_tree(grace)
     if record["kind"] in ("timeout", "killed"):
         _write_atomically("exit", record)
-    _tell(life_line, _NOTHING_LEFT)
 
 
-def _tell(life_line: int, word: bytes) -> None:
-    with contextlib.suppress(OSError):  # the agent died meanwhile; its successor finds us
-        os.write(life_line, word)
+def _tell(agent: int, word: bytes) -> None:
+    with contextlib.suppress(OSError):  # it died meanwhile; its successor finds us
+        os.write(agent, word)
 
 
-def _claim() -> bool:
+def _log_failure(directory: str) -> None:
+    with open(os.path.join(directory, "supervisor.log"), "a", encoding="utf-8") as file:
+        sys.stderr = file
+        sys.excepthook(*sys.exc_info())
+
+
+def _claim(identity: dict[str, object]) -> bool:
     """Be the one supervisor of this directory, for ever; link(2) decides."""
     name = f"process.{os.getpid()}"
-    identity: dict[str, object] = {"pid": os.getpid(), "start": _start_time("self")}
     _write(name, identity)
     try:
         os.link(name, "process")

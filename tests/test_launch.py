@@ -1,15 +1,19 @@
-"""Jobs are launched through a fork server, which may die at any moment and holds no secret."""
+"""Jobs are run by supervisors that a fork server makes; all may die, none holds a secret."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from launcher import Launcher, LaunchRequest, LifeLine
 from tests.harness import AgentProcess, Server, curl, eventually, lines
 
 
@@ -29,35 +33,33 @@ def zombies_of(process: psutil.Process) -> list[psutil.Process]:
 
 
 async def test_fork_servers_that_are_killed_cost_no_job_and_start_none_twice(
-    server: Server, tmp_path: Path
+    bare_server: Server, new_agent: Callable[[str], AgentProcess], tmp_path: Path
 ) -> None:
     witness, go = tmp_path / "witness", tmp_path / "go"
-    os.mkfifo(go)
-    waiting = await server.upload(f"echo 0 >> {witness}; read line < {go}; echo $line > out")
-    await eventually(lambda: len(lines(witness)) == 1, "it runs")
-    agent = await server.agent_pid()
-
-    async def keep_killing() -> None:
-        while True:
-            for process in fork_servers(agent):
-                process.kill()
-            await asyncio.sleep(0.25)  # a new one needs time to come up
-
-    killing = asyncio.create_task(keep_killing())
-    others = [await server.upload(f"echo {user} >> {witness}", user=user) for user in range(1, 25)]
-    for job_id in others:
-        await server.result(job_id)
-    killing.cancel()
-    await asyncio.to_thread(go.write_text, "survived\n")
-    assert (await server.result(waiting)).read("out") == b"survived\n"
-    assert sorted(map(int, lines(witness))) == list(range(25)), "each was started exactly once"
-    assert server.log().count("event=fork_server_started") > 2
-    assert server.query("SELECT count(*) FROM attempt") == [(25,)]
+    agent = new_agent("broad")
+    await agent.start("--slots", "8")
+    await agent.wait_connected()
+    assert agent.process is not None
+    jobs: list[int] = []
+    for number in range(8):
+        for process in fork_servers(agent.process.pid):
+            process.kill()
+        # all run at the same time, so that each needs a supervisor of its own
+        script = f"echo {number} >> {witness}; until [ -e {go} ]; do sleep 0.05; done"
+        jobs.append(await bare_server.upload(script, user=number + 1))
+        await eventually(lambda: len(lines(witness)) == len(jobs), "it runs")
+    go.touch()
+    for job_id in jobs:
+        await bare_server.result(job_id)
+    assert sorted(map(int, lines(witness))) == list(range(8)), "each was started exactly once"
+    assert agent.log().count("event=fork_server_started") > 2
+    assert bare_server.query("SELECT count(*) FROM attempt") == [(8,)]
 
 
 async def test_a_fork_server_that_hangs_delays_jobs_and_loses_none(server: Server) -> None:
-    await server.result(await server.upload("true"))
-    (process,) = fork_servers(await server.agent_pid())
+    agent = await server.agent_pid()
+    await eventually(lambda: len(fork_servers(agent)) == 1, "the fork server is up")
+    (process,) = fork_servers(agent)
     process.suspend()
     late, killed = await server.upload("echo late > out"), await server.upload("echo too late")
     await server.wait(late, "Submitted")
@@ -66,6 +68,85 @@ async def test_a_fork_server_that_hangs_delays_jobs_and_loses_none(server: Serve
     process.resume()
     assert (await server.result(late)).read("out") == b"late\n"
     assert (await server.status(killed))["status"] == "Killed"
+
+
+async def test_a_supervisor_runs_one_job_after_the_other_and_mixes_nothing_up(
+    server: Server, tmp_path: Path
+) -> None:
+    witness = tmp_path / "witness"
+    script = f"echo $PPID $ORCHESTRATOR_JOB_ID $PWD >> {witness}; echo $ORCHESTRATOR_JOB_ID > out"
+    jobs: list[int] = []
+    for end in ("exit 3", "setsid sleep 1000 &", "cd /; rm $OLDPWD/run.sh", "kill -9 $$", "exit 0"):
+        jobs.append(await server.upload(f"{script}; {end}"))
+        await server.wait(jobs[-1])
+    seen = [line.split() for line in lines(witness)]
+    assert len({supervisor for supervisor, *_ in seen}) == 1
+    assert [int(job_id) for _, job_id, _ in seen] == jobs
+    assert len({place for *_, place in seen}) == len(jobs)
+    for job_id in jobs:
+        assert server.stored_result(job_id).read("out") == b"%d\n" % job_id
+    assert not [process for process in server.processes() if process.name() == "sleep"]
+
+
+async def test_supervisors_killed_while_they_have_no_job_cost_no_attempt(
+    server: Server, tmp_path: Path
+) -> None:
+    witness = tmp_path / "witness"
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        await server.result(await server.upload(f"echo $PPID >> {witness}"))
+        idle = psutil.Process(int(lines(witness)[-1]))
+        idle.send_signal(number)
+        # as soon as possible: the agent may not have heard of it yet
+        await server.result(await server.upload("true"))
+        await eventually(lambda idle=idle: not idle.is_running(), "it is gone")  # type: ignore[misc]
+    assert server.query("SELECT DISTINCT number FROM attempt") == [(1,)]
+
+
+async def test_supervisors_without_a_job_end_with_their_agent(
+    bare_server: Server, new_agent: Callable[[str], AgentProcess], tmp_path: Path
+) -> None:
+    witness = tmp_path / "witness"
+    agent = new_agent("mortal")
+    await agent.start()
+    await bare_server.result(await bare_server.upload(f"echo $PPID > {witness}"))
+    idle = psutil.Process(int(lines(witness)[0]))
+    assert idle.is_running()
+    await agent.kill()
+    await eventually(lambda: not idle.is_running(), "the supervisor ends, too")
+
+
+async def test_a_late_request_to_kill_a_job_does_not_hit_the_next_one(tmp_path: Path) -> None:
+    """The signal is sent when the job has ended and the agent has not heard of it yet."""
+    launcher = Launcher(tmp_path, {"PATH": os.environ["PATH"]})
+    for number in range(4):
+        directory = tmp_path / str(number)
+        (directory / "job").mkdir(parents=True)
+        (directory / "job" / "run.sh").write_text("true")
+        life_line = await launched(launcher, directory)
+        # No turn of the event loop here: what the supervisor says meanwhile stays unread.
+        pid = json.loads((directory / "process").read_text())["pid"]
+        wait_for_file(directory / "exit")
+        os.kill(pid, signal.SIGTERM)
+        assert await life_line.nothing_left()
+        assert json.loads((directory / "exit").read_text()) == {"kind": "exited", "code": 0}
+    launcher.close()
+
+
+async def launched(launcher: Launcher, directory: Path) -> LifeLine:
+    """Have a job run as an agent does: once more if its supervisor has died before."""
+    for _ in range(2):
+        life_line = await launcher.launch(LaunchRequest(directory, {}, None, 1.0))
+        if await life_line.job_runs():
+            return life_line
+    raise AssertionError("no supervisor runs the job")
+
+
+def wait_for_file(path: Path) -> None:
+    """Wait without a turn of the event loop."""
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} is made"
+        os.sched_yield()
 
 
 async def test_the_fork_server_ends_with_its_agent_and_leaves_no_zombie(
@@ -92,7 +173,7 @@ async def test_the_fork_server_ends_with_its_agent_and_leaves_no_zombie(
     assert await asyncio.wait_for(agent.process.wait(), 10) == 0
 
 
-async def test_what_is_above_a_job_holds_no_socket_and_no_variable_of_the_agent(
+async def test_what_is_above_a_job_holds_no_connection_and_no_variable_of_the_agent(
     bare_server: Server, new_agent: Callable[[str], AgentProcess]
 ) -> None:
     agent = new_agent("discreet")
@@ -104,5 +185,7 @@ async def test_what_is_above_a_job_holds_no_socket_and_no_variable_of_the_agent(
     archive = await bare_server.result(job_id)
     assert archive.read("variables_above").count(b"LC_PROOF=is passed on") == 2
     assert b"password" not in archive.read("variables_above")
-    assert b"socket:" not in archive.read("files_above")
+    # its own end of the socket to the agent
+    assert archive.read("files_above").count(b"socket:") == 1
+    assert b"pipe:" not in archive.read("files_above")
     assert b"pipe:" not in archive.read("own_files")
