@@ -59,7 +59,7 @@ def make_application(
     """
     api = _Api(store, dispatcher, settings, agent_token)
     files = FileHandlers(store, dispatcher)
-    submit = SubmitHandlers(store, settings)
+    submit = SubmitHandlers(store, dispatcher, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments or Instruments())
     jobs = JobHandlers(store, dispatcher)
     output = OutputHandlers(store)

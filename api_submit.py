@@ -22,8 +22,9 @@ from api_answers import (
     job_id_of,
 )
 from config import MAX_UPLOAD_BYTES, SettingsInForce
+from dispatch import Dispatcher
 from protocol import JobState
-from records import JobRequest, JobStatus, Submission
+from records import JobRequest, JobStatus, Line, Submission
 from store import Store
 from store_upload import Upload
 
@@ -68,8 +69,9 @@ class OpenUploads:
 class SubmitHandlers:
     """The handlers that make jobs."""
 
-    def __init__(self, store: Store, settings: SettingsInForce) -> None:
+    def __init__(self, store: Store, dispatcher: Dispatcher, settings: SettingsInForce) -> None:
         self._store = store
+        self._dispatcher = dispatcher
         self._settings = settings
         self._open_uploads = OpenUploads(settings)
 
@@ -83,6 +85,8 @@ class SubmitHandlers:
         upload = self._store.new_upload()
         try:
             job = await self._receive(request, upload)
+            if upload.is_little():
+                self._dispatcher.expect(Line(job.service, job.user_id))
             submission = await upload.commit(job, message, self._settings.current.max_queued_jobs)
         finally:
             if upload.has_loose_ends():
@@ -112,6 +116,7 @@ class SubmitHandlers:
         job = dataclasses.replace(job, idempotency_key=api_form.idempotency_key(request))
         message = f"Job {source_id} successfully submitted again"
         limit = self._settings.current.max_queued_jobs
+        self._dispatcher.expect(Line(job.service, job.user_id))
         submission = await self._store.rerun(source_id, job, message, limit)
         return self._answer(submission, message)
 

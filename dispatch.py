@@ -213,10 +213,25 @@ class Dispatcher:
 
     def _schedule(self) -> None:
         while (line := self._queue.next_for(self._free_slots.offer)) is not None:
-            agent = self._agents[self._free_slots.least_loaded(line.service)]
-            agent.reserved += 1
-            self.note_slots(agent)
-            self._tasks.create_task(self._assign(line, agent), name=f"assign to {agent.name}")
+            self._give(line)
+
+    def expect(self, line: Line) -> None:
+        """Have a job that is about to be stored given out along with that, if it may run at once.
+
+        Call it in the turn of the event loop that hands the job to the store: what makes the
+        attempt then stands right behind it, and both are one transaction. If no job comes after
+        all, nothing has happened.
+        """
+        self._schedule()  # who waits goes first
+        if self._queue.decide_ahead(line, self._free_slots.offer):
+            self._give(line)
+
+    def _give(self, line: Line) -> None:
+        """Give the next job of a line to the least loaded agent that offers its service."""
+        agent = self._agents[self._free_slots.least_loaded(line.service)]
+        agent.reserved += 1
+        self.note_slots(agent)
+        self._tasks.create_task(self._assign(line, agent), name=f"assign to {agent.name}")
 
     async def _assign(self, line: Line, agent: Agent) -> None:
         assignment = await self._begin_next(line, agent)

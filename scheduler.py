@@ -72,11 +72,13 @@ class FairQueue:
     neither memory nor a decision depends on how many jobs wait, and a job that was
     killed or queued again needs no search here.
 
-    A decision is under way from :meth:`next_for` until its job's transition to Processing
-    is committed, or until :meth:`take_back`. For every line, at any moment:
+    A decision is under way from :meth:`next_for` or :meth:`decide_ahead` until its job's
+    transition to Processing is committed, or until :meth:`take_back`. For every line, at any
+    moment:
 
     - ``waiting`` is the number of its jobs that the store has as Queued, less the
-      decisions under way. (It is -1 while the only job is killed under a decision.)
+      decisions under way. (It is -1 while the only job is killed under a decision, or did not
+      come yet.)
     - ``active`` is the number that the store has with an agent, plus the decisions under way.
     - The line has a place in its service's rotation exactly if a job of it could run:
       ``waiting`` > 0 and ``active`` below the user's quota, which is 0 while the service is
@@ -126,8 +128,25 @@ class FairQueue:
                 return Line(name, user_id)
         return None
 
+    def decide_ahead(self, line: Line, is_offered: Callable[[str], bool]) -> bool:
+        """Decide that a job which is about to come into a line is given out at once, if it may.
+
+        It may if nobody waits whose turn would come first. A decision like the others.
+        """
+        service = self._service(line.service)
+        if service.limits is None or service.turns or not is_offered(line.service):
+            return False
+        active = self.counts_of_line(line).active
+        if (
+            active >= service.limits.runs_per_user
+            or service.total.active >= service.limits.max_runs
+        ):
+            return False
+        service.change(line.user_id, waiting=-1, active=+1)
+        return True
+
     def take_back(self, line: Line) -> None:
-        """A decision could not be carried out, or found that its job was killed meanwhile."""
+        """A decision could not be carried out, or its job was killed meanwhile or never came."""
         self._service(line.service).change(line.user_id, waiting=+1, active=-1)
 
     def services(self) -> list[str]:

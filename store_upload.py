@@ -141,6 +141,10 @@ class Upload:
             self._store.uploaded_bytes.add(sum(file.spec.size for file in files))
         return submission
 
+    def is_little(self) -> bool:
+        """Whether the commit writes all of it, and goes with the short operations."""
+        return not self.has_loose_ends() and self._pending_bytes <= CHUNK_BYTES
+
     def has_loose_ends(self) -> bool:
         """Whether there is anything on its way to the disk, or there, that no job refers to."""
         return self._flushing is not None or bool(self._flushed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import signal
 import socket
 import stat
@@ -93,6 +94,30 @@ FAILURES = {
     "no-such-command": "exit code 127",
     "if then": "exit code 2",
 }
+
+
+async def test_a_quick_job_takes_four_transactions(server: Server) -> None:
+    async def commits() -> list[float]:
+        metrics = (await curl(f"{server.url}/metrics")).body
+        return [
+            float(number)
+            for number in re.findall(
+                rb"orchestrator_commit_operations_(?:sum|count) (\S+)", metrics
+            )
+        ]
+
+    costs = []
+    for _ in range(4):
+        before = await commits()
+        job_id = await server.upload("echo hello")
+        assert (await curl(f"{server.url}/download/{job_id}?wait=30")).body.startswith(b"PK")
+        after = await commits()
+        costs.append([after[0] - before[0], after[1] - before[1]])
+    # one for upload and attempt, for Submitted, for Running, and for the end with the output; a
+    # machine that is busy may be so slow that a job is followed while it runs
+    assert min(costs) == [5, 4]
+    histories = [server.transitions(job_id) for job_id in range(1, 5)]
+    assert histories == [["Queued", "Processing", "Submitted", "Running", "Completed"]] * 4
 
 
 async def test_a_failing_job_says_why(server: Server) -> None:

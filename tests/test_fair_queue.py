@@ -82,6 +82,17 @@ class FairQueueModel(RuleBasedStateMachine):
         self._note_turn(line)
         self.under_way.append(line)
 
+    @rule(line=st.sampled_from(_LINES))
+    def decide_ahead(self, line: Line) -> None:
+        """For a job that may come into the line later, or never."""
+        others = [other for other in _LINES if other.service == line.service]
+        is_slot_free = self._is_service_below_its_limit(line.service)
+        has_quota = self._active(line) < _LIMITS[line.service].runs_per_user
+        may_start = is_slot_free and has_quota and not any(map(self._may_run, others))
+        assert self.queue.decide_ahead(line, anything) == may_start
+        if may_start:
+            self.under_way.append(line)
+
     @rule(data=st.data())
     def carry_out(self, data: st.DataObject) -> None:
         if not self.under_way:
@@ -165,8 +176,12 @@ class FairQueueModel(RuleBasedStateMachine):
         return self._count(line, *ACTIVE_STATES) + self.under_way.count(line)
 
     def _may_run(self, line: Line) -> bool:
-        running = sum(self._active(other) for other in _LINES if other.service == line.service)
-        return self._may_run_for_its_user(line) and running < _LIMITS[line.service].max_runs
+        is_slot_free = self._is_service_below_its_limit(line.service)
+        return self._may_run_for_its_user(line) and is_slot_free
+
+    def _is_service_below_its_limit(self, service: str) -> bool:
+        running = sum(self._active(line) for line in _LINES if line.service == service)
+        return running < _LIMITS[service].max_runs
 
     def _may_run_for_its_user(self, line: Line) -> bool:
         waiting = self._count(line, JobState.QUEUED) - self.under_way.count(line)

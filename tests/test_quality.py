@@ -71,7 +71,7 @@ MAY_IMPORT = {
     },
     "api_access": {"access", "database", "store", "api_answers"},
     "api_submit": {
-        *("protocol", "records", "store", "store_upload", "config"),
+        *("protocol", "records", "store", "store_upload", "dispatch", "config"),
         *("api_answers", "api_access", "api_form"),
     },
     "api_output": {"protocol", "events", "records", "store", "api_answers", "api_connection"},
