@@ -23,6 +23,8 @@ _FIELD = re.compile(r"([a-z_]+)=(%[-#0-9.]*[a-z]|[^\s%]+)")
 
 def configure(log_format: LogFormat) -> None:
     """Send all log records to standard error in this form, from INFO on."""
+    # what no line shows need not be found out for each (docs.python.org/3/howto/logging.html)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_FORMATTERS[log_format]())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

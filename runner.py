@@ -6,7 +6,7 @@ directory; the files there say how far the attempt is:
     attempt.json   the Assign message, the boot   (the attempt is held)
     job/           the working directory      (being filled, then the job's own)
     exit.new       space for what follows     (the input is whole)
-    process        pid and start time of the supervisor   (the job was started)
+    process        a link whose text is pid and start time of the supervisor   (it was started)
     kill           the agent wants it ended
     exit           how the job ended
     result.zip     the archive, if it is not little
@@ -68,7 +68,7 @@ _NO_ROOM = (
     "the agent's disk has no room for the archive of the job's files;"
     " of its output only the logs are kept"
 )
-_REMOVED_SUFFIX = ".removed"
+_ATTEMPT = "attempt.json"
 
 _PASSED_VARIABLES = frozenset(
     [
@@ -135,6 +135,7 @@ class JobDirectory:
         self.path = path
         self.assign = assign
         self._input_offset = 0
+        self._whole: dict[str, str] = {}  # SHA-256 of the input files that came in one piece
         self._is_of_this_boot = True
         self._life_line: LifeLine | None = None
         self._little_archive: bytes | None = None
@@ -145,14 +146,19 @@ class JobDirectory:
         """Make the directory of a new attempt. Raises :class:`JobInvalid` for unsafe names."""
         _check_names(self.assign)
         self._input_offset = 0
+        self._whole.clear()
         await _promptly(len(self.assign.files) * _LONGEST_FILE_ENTRY, self._make)
 
     def _make(self) -> None:
-        _remove_tree(self.path)  # of an agent that died before it had written attempt.json
-        self.path.mkdir(parents=True, mode=0o700)
+        try:
+            self.path.mkdir(mode=0o700, parents=True)
+        except FileExistsError:  # of an agent that died before it had written attempt.json
+            _remove_tree(self.path)
+            self.path.mkdir(mode=0o700)
         (self.path / "job").mkdir()
-        text = f"{protocol.encode(self.assign)}\n{_boot_id()}\n"
-        _write_atomically(self.path / "attempt.json", text)
+        # nothing to rename: half of it can't be read, and the directory then counts for nothing
+        text = f"{_boot_id()}\n{protocol.encode(self.assign)}"
+        (self.path / _ATTEMPT).write_text(text, encoding="utf-8")
 
     @classmethod
     def find_all(cls, root: Path) -> list[JobDirectory]:
@@ -161,11 +167,8 @@ class JobDirectory:
         _tell_unrelated(root)
         found: list[JobDirectory] = []
         for path in sorted(root.iterdir()):
-            if path.name.endswith(_REMOVED_SUFFIX):
-                _try_to_remove(path)
-                continue
             try:
-                text, boot = (path / "attempt.json").read_text(encoding="utf-8").splitlines()
+                boot, text = (path / _ATTEMPT).read_text(encoding="utf-8").splitlines()
                 message = protocol.decode(text)
             except (OSError, ValueError, protocol.ProtocolError) as error:
                 log.warning("event=directory_removed path=%s error=%r", path, str(error))
@@ -182,7 +185,7 @@ class JobDirectory:
         """Tell from the files how far the attempt is."""
         if (self.path / "finished.json").exists():
             return AttemptPhase.FINISHED
-        if (self.path / "process").exists():
+        if self._is_started():
             return AttemptPhase.RUNNING
         if (self.path / "exit.new").exists():
             return AttemptPhase.ACCEPTED
@@ -206,11 +209,9 @@ class JobDirectory:
             await asyncio.to_thread(self._remove)
 
     def _remove(self) -> None:
-        # renamed first: half a directory must not be taken for an attempt after a crash
-        doomed = self.path.with_name(self.path.name + _REMOVED_SUFFIX)
-        with suppress(FileNotFoundError):
-            self.path.rename(doomed)
-        _remove_tree(doomed)
+        # this first: half a directory must not be taken for an attempt after a crash
+        (self.path / _ATTEMPT).unlink(missing_ok=True)
+        _remove_tree(self.path)
 
     # --- input
 
@@ -236,6 +237,8 @@ class JobDirectory:
                 part = data[: end - self._input_offset]
                 with open(self.path / "job" / file.name, "ab") as target:
                     target.write(part)
+                if len(part) == file.size:
+                    self._whole[file.name] = hashlib.sha256(part).hexdigest()
                 self._input_offset += len(part)
                 data = data[len(part) :]
             start = end
@@ -251,9 +254,7 @@ class JobDirectory:
             path = self.path / "job" / file.name
             if file.size == 0:
                 path.touch()
-            with open(path, "rb") as source:
-                digest = hashlib.file_digest(source, "sha256").hexdigest()
-            if digest != file.sha256:
+            if (self._whole.get(file.name) or _sha256_of(path)) != file.sha256:
                 raise JobLost(f"the input file {file.name!r} arrived damaged")
         # space for the exit record, which the supervisor writes over it: a full disk must not
         # make a job that has ended look like one that was lost
@@ -286,7 +287,7 @@ class JobDirectory:
             self.assign.grace_seconds,
         )
         for _ in range(_START_TRIES):
-            if (self.path / "process").exists():
+            if self._is_started():
                 return
             life_line = await launcher.launch(request)
             try:
@@ -296,7 +297,7 @@ class JobDirectory:
             finally:
                 if self._life_line is not life_line:
                     life_line.close()
-        if not (self.path / "process").exists():
+        if not self._is_started():
             raise JobLost(f"the supervisor did not start: {self._supervisor_errors()}")
 
     async def wait(self) -> Exit:
@@ -323,7 +324,7 @@ class JobDirectory:
         """
         # The mark first: a supervisor that has not made its claim yet sees it after that.
         (self.path / "kill").touch()
-        if (self.path / "process").exists() and not self._has_ended():
+        if self._is_started() and not self._has_ended():
             self._signal_supervisor()
         with suppress(JobLost):
             return await self.wait()
@@ -332,6 +333,9 @@ class JobDirectory:
     def is_to_be_killed(self) -> bool:
         """Whether :meth:`kill` was begun, perhaps by an earlier process of the agent."""
         return (self.path / "kill").exists()
+
+    def _is_started(self) -> bool:
+        return os.path.lexists(self.path / "process")
 
     def _has_ended(self) -> bool:
         """Whether the supervisor said so; it may have another job by now."""
@@ -360,9 +364,9 @@ class JobDirectory:
 
     def _identity(self) -> _ProcessIdentity:
         try:
-            record = json.loads((self.path / "process").read_text(encoding="ascii"))
-            return _ProcessIdentity(record["pid"], record["start"])
-        except (OSError, ValueError, KeyError) as error:
+            pid, start = os.readlink(self.path / "process").split()
+            return _ProcessIdentity(int(pid), int(start))
+        except (OSError, ValueError) as error:
             raise JobLost(f"the record of the job's process can't be read: {error!r}") from None
 
     def _exit_record(self) -> Exit | None:
@@ -417,7 +421,9 @@ class JobDirectory:
             excess = self._give_up_files(error)
             problem = self._archive(None)
         size = (self.path / "result.zip").stat().st_size
-        report = self._finished(ended, (excess, problem), size, self._archive_digest())
+        report = self._finished(
+            ended, (excess, problem), size, _sha256_of(self.path / "result.zip")
+        )
         _write_atomically(self.path / "finished.json", protocol.encode(report))
         return report
 
@@ -484,17 +490,13 @@ class JobDirectory:
         """Return the report that :meth:`finish` wrote. Raises :class:`JobLost` if it is damaged."""
         try:
             message = protocol.decode((self.path / "finished.json").read_text(encoding="utf-8"))
-            digest = self._archive_digest()
+            digest = _sha256_of(self.path / "result.zip")
         except (OSError, protocol.ProtocolError) as error:
             raise JobLost(f"the record of the result can't be read: {error}") from None
         # the archive itself was not synced: the machine may have gone down with a part of it
         if not isinstance(message, Finished) or message.result_sha256 != digest:
             raise JobLost("the result archive is damaged")
         return message
-
-    def _archive_digest(self) -> str:
-        with open(self.path / "result.zip", "rb") as source:
-            return hashlib.file_digest(source, "sha256").hexdigest()
 
     async def read_result(self, offset: int) -> bytes:
         """Return some chunks of the archive."""
@@ -754,6 +756,11 @@ async def _promptly(size: int, function: Callable[..., None], *arguments: object
         function(*arguments)
     else:
         await asyncio.to_thread(function, *arguments)
+
+
+def _sha256_of(path: Path) -> str:
+    with open(path, "rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def _tell_unrelated(root: Path) -> None:

@@ -47,7 +47,7 @@ def serve(agent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    identity: dict[str, object] = {"pid": os.getpid(), "start": _start_time("self")}
+    identity = f"{os.getpid()} {_start_time('self')}"
     while request := _next_request(agent):
         directory, variables, timeout, grace = json.loads(request)
         try:
@@ -106,16 +106,16 @@ def _log_failure(directory: str) -> None:
         sys.excepthook(*sys.exc_info())
 
 
-def _claim(identity: dict[str, object]) -> bool:
-    """Be the one supervisor of this directory, for ever; link(2) decides."""
-    name = f"process.{os.getpid()}"
-    _write(name, identity)
+def _claim(identity: str) -> bool:
+    """Be the one supervisor of this directory, for ever.
+
+    symlink(2) decides. The link leads nowhere: its text is the record, there whole or not at
+    all, in one call and without a file.
+    """
     try:
-        os.link(name, "process")
+        os.symlink(identity, "process")
     except FileExistsError:
         return False
-    finally:
-        os.unlink(name)
     return True
 
 

@@ -124,7 +124,7 @@ async def test_a_late_request_to_kill_a_job_does_not_hit_the_next_one(tmp_path: 
         (directory / "job" / "run.sh").write_text("true")
         life_line = await launched(launcher, directory)
         # No turn of the event loop here: what the supervisor says meanwhile stays unread.
-        pid = json.loads((directory / "process").read_text())["pid"]
+        pid = int(os.readlink(directory / "process").split()[0])
         wait_for_file(directory / "exit")
         os.kill(pid, signal.SIGTERM)
         assert await life_line.nothing_left()

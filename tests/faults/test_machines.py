@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -35,8 +34,8 @@ def pretend_a_restart(agent: AgentProcess, server: Server) -> None:
     """End all that the agent's jobs run, and make it look as if another boot had run them."""
     end_all_but_the_server(server)
     for record in agent.workdir.glob("attempts/*/attempt.json"):
-        message, _ = record.read_text().splitlines()
-        record.write_text(f"{message}\nanother boot\n")
+        _, message = record.read_text().splitlines()
+        record.write_text(f"another boot\n{message}")
 
 
 async def test_after_a_restart_of_the_machine_jobs_are_started_again_and_told_why(
@@ -80,9 +79,11 @@ async def test_a_pid_that_another_process_has_now_is_left_alone(
     end_all_but_the_server(patient_server)
     stranger = psutil.Popen(["sleep", "1000"], cwd=tmp_path)
     try:
-        (record,) = agent.workdir.glob("attempts/*/process")
-        identity = {**json.loads(record.read_text()), "pid": stranger.pid}
-        record.write_text(json.dumps(identity))
+        (directory,) = agent.workdir.glob("attempts/*")
+        record = directory / "process"
+        start = os.readlink(record).split()[1]
+        record.unlink()
+        record.symlink_to(f"{stranger.pid} {start}")
         await agent.start()
         await patient_server.wait(job_id, "Completed")
         assert stranger.is_running()
