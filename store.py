@@ -96,6 +96,7 @@ from store_jobs import (
     write_agent_change,
 )
 from store_output import add_output, doom_output, drop_live_output, erase_some_output
+from store_results import LatestResults, ResultStored
 from store_search import (
     HISTORY,
     LARGEST_ID,
@@ -198,6 +199,7 @@ class Store:
             "orchestrator_result_bytes_total", "Bytes of results that agents delivered."
         )
         self._statuses = LatestStatuses()
+        self._results = LatestResults()
         self._path = path
         self._lock = lock
         self._connections: list[Connection] = []
@@ -257,7 +259,8 @@ class Store:
     def _publish(self, events: Sequence[Any]) -> None:
         """For the writer: this is committed."""
         self._statuses.settle(events)
-        self.feed.publish(events)
+        self._results.settle(events)
+        self.feed.publish([event for event in events if not isinstance(event, ResultStored)])
 
     async def close(self) -> None:
         """Close all connections, then the lock; the store can't be used after."""
@@ -635,6 +638,7 @@ class Store:
         this very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
         longer counts, :class:`ResultMismatch` if the lengths don't add up.
         """
+        size = sum(map(len, tail))
 
         def operation(db: Database) -> None:
             job = job_of_attempt(db, report.attempt_id)
@@ -643,8 +647,11 @@ class Store:
                 return
             add_output(db, job, report.attempt_id, output)
             drop_live_output(db, report.attempt_id)
-            self._append(db, report.attempt_id, offset, tail)
+            blob_id = self._append(db, report.attempt_id, offset, tail)
             seal_result(db, report)
+            if offset == 0 and size <= LITTLE_BYTES:
+                result = StoredResult(blob_id, size, report.result_sha256, b"".join(tail))
+                db.announce(ResultStored(job.id, result))
             db.execute(
                 "UPDATE attempt SET exit_code = ? WHERE id = ?",
                 (report.exit_code, report.attempt_id),
@@ -653,7 +660,6 @@ class Store:
                 reason = report.message or "finished"
                 transition(db, job, report.state, reason, report.message)
 
-        size = sum(map(len, tail))
         await self.write_bytes(operation, size + output.size)
         self._result_bytes.add(size)
 
@@ -785,7 +791,8 @@ class Store:
 
         await self._writer.write(operation)
 
-    def _append(self, db: Database, attempt_id: int, offset: int, chunks: Sequence[bytes]) -> None:
+    def _append(self, db: Database, attempt_id: int, offset: int, chunks: Sequence[bytes]) -> int:
+        """Add chunks to an attempt's result; returns the id of its blob."""
         row = db.execute(
             "SELECT blob.id, blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
             " WHERE attempt.id = ?",
@@ -801,6 +808,7 @@ class Store:
         insert_chunks(db, blob_id, offset // CHUNK_BYTES, chunks)
         size += sum(map(len, chunks))
         db.execute("UPDATE blob SET size = ? WHERE id = ?", (size, blob_id))
+        return int(blob_id)
 
     # --- blobs
 
@@ -809,6 +817,8 @@ class Store:
 
         A little one comes with its content: to read that alone would be another hop.
         """
+        if latest := self._results.get(job_id):
+            return latest
         rows = await self._read(
             "SELECT blob.id, blob.size, blob.sha256, chunk.data"
             " FROM job JOIN attempt ON attempt.id = job.attempt_id"

@@ -32,10 +32,13 @@ from records import (
     QueuedJob,
     QueueFull,
     ResultMismatch,
+    StoredResult,
     Superseded,
 )
 from store import Store
 from store_beside import check, read_agent_token
+from store_blobs import LITTLE_BYTES
+from store_results import LatestResults, ResultStored
 
 NO_LIMIT = 1_000_000
 
@@ -346,6 +349,42 @@ async def test_a_result_of_another_length_is_refused(store: Store) -> None:
         await store.append_result(attempt_id, CHUNK_BYTES, [b"gap"])
     assert await store.result(job.id) is None
     assert await store.result_size(attempt_id) == 0
+
+
+async def test_a_little_result_that_was_just_stored_needs_no_read(store: Store) -> None:
+    little, large = await make_job(store), await make_job(store)
+    contents = {little.id: b"little", large.id: bytes(LITTLE_BYTES + 1)}
+    for job in (little, large):
+        content = contents[job.id]
+        await store.finish(report(await run_job(store, job), content), 0, [content])
+    readers = [store._idle_readers.get_nowait() for _ in range(store._idle_readers.qsize())]
+    result = await store.result(little.id)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(store.result(large.id), 0.05)
+    for reader in readers:
+        store._idle_readers.put_nowait(reader)
+    assert result is not None
+    assert result.content == b"little"
+    assert store._results.get(little.id) is result
+    store._results = LatestResults()
+    assert await store.result(little.id) == result, "what is read is the same"
+    assert await store.clean_jobs_final_since(time.time() + 1) == 2
+    assert await store.result(little.id) is None
+
+
+async def test_retention_takes_a_result_that_is_in_memory(store: Store) -> None:
+    job = await make_job(store)
+    await store.finish(report(await run_job(store, job), b"result"), 0, [b"result"])
+    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+    assert await store.result(job.id) is None
+
+
+def test_only_the_latest_results_are_kept() -> None:
+    results = LatestResults()
+    stored = StoredResult(1, 6, "", b"result")
+    results.settle(ResultStored(job_id, stored) for job_id in range(100))
+    kept = [job_id for job_id in range(100) if results.get(job_id)]
+    assert kept == list(range(36, 100))
 
 
 async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: Store) -> None:
