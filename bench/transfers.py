@@ -103,6 +103,7 @@ async def results(stage: Stage, scale: Scale) -> list[Figure]:
     agent = await stage.module("bench.simulated_agents", server.url, "1", str(source))
     times: list[float] = []
     floor: list[float] = []
+    copies: list[float] = []
     health: list[float] = []
     async with client.connected(server.url) as connection:
         for _ in range(scale.repeats):
@@ -110,15 +111,24 @@ async def results(stage: Stage, scale: Scale) -> list[Figure]:
                 await client.submit(connection, client.upload(server.url, 1))
                 times.append(await _delivery_seconds(agent))
             floor.append(await _time_bare_socket(floor_server.url, source))
+            copies.append(await floors.copy_by_dd(source, stage.directory / "copy"))
     size = scale.result_bytes
+    speeds = megabytes_per_second(size, times)
     return [
         Figure(
             "results",
             _megabytes(size),
             Unit.MEGABYTES_PER_SECOND,
-            megabytes_per_second(size, times),
+            speeds,
             Floor("bare aiohttp WebSocket, same frames", megabytes_per_second(size, floor)),
             ratio_at_least(0.3),
+        ),
+        Figure(
+            "results",
+            f"{_megabytes(size)}, beside a copy",  # the socket keeps nothing, a copy does
+            Unit.MEGABYTES_PER_SECOND,
+            speeds,
+            Floor("dd conv=fsync on the same file system", megabytes_per_second(size, copies)),
         ),
         _health_figure("results", health),
         server_memory("results", server.peak_memory()),
