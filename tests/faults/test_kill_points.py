@@ -76,11 +76,12 @@ class Client:
         """Submit jobs until so many were acknowledged, or the server has ended."""
         wanted = len(self.accepted) + count
         while len(self.accepted) < wanted and not self.server.has_ended():
-            await asyncio.gather(self._upload(), self._upload())
+            # the attempt of a little one is made in the transaction of the upload
+            await asyncio.gather(self._upload(400_000), self._upload(1000))
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _upload(self) -> None:
-        content = os.urandom(400_000)
+    async def _upload(self, size: int) -> None:
+        content = os.urandom(size)
         form = aiohttp.FormData()
         script = f"echo $ORCHESTRATOR_JOB_ID >> {self.witness}\ncat data data data > thrice\n"
         form.add_field("file", script, filename="run.sh")
