@@ -120,6 +120,22 @@ async def test_a_quick_job_takes_four_transactions(server: Server) -> None:
     assert histories == [["Queued", "Processing", "Submitted", "Running", "Completed"]] * 4
 
 
+async def test_an_upload_that_makes_no_job_takes_no_slot_for_it(
+    server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "run.sh").write_text("true\n")
+    form = ("-F", "file=@run.sh", "-F", "user_id=1", "-F", "service=example")
+    upload = ("-H", "Idempotency-Key: one", *form, f"{server.url}/upload")
+    answers = [await curl(*upload, cwd=tmp_path) for _ in range(6)]  # of four slots
+    assert {answer.json()["id"] for answer in answers} == {1}
+    jobs = [await server.upload("echo hello") for _ in range(4)]
+    for job_id in (1, *jobs):
+        await server.wait(job_id, "Completed")
+        assert server.transitions(job_id).count("Processing") == 1
+    agents = (await curl(f"{server.url}/agents")).json()["agents"]
+    assert [(agent["slots"], agent["busy"]) for agent in agents] == [(4, 0)]
+
+
 async def test_a_failing_job_says_why(server: Server) -> None:
     jobs = {script: await server.upload(script) for script in FAILURES}
     for script, job_id in jobs.items():
