@@ -49,8 +49,10 @@ def main(arguments: list[str]) -> int:
 def _fork() -> int:
     try:
         return os.fork()
-    except OSError:
-        sys.excepthook(*sys.exc_info())  # into the agent's log
+    except OSError as error:
+        # the agent's log; logging itself would make every supervisor larger
+        name = "level=ERROR logger=orchestrator.forkserver"
+        sys.stderr.write(f"{name} event=fork_failed error={str(error)!r}\n")
         return -1
 
 

@@ -151,11 +151,11 @@ class Launcher:
     async def launch(self, request: LaunchRequest) -> LifeLine:
         """Have a job run. Raises :class:`OSError` if that can't even be asked for."""
         packet = request.encode()
-        while self._idle:
+        while True:
+            # the last one to rest: its memory is the warmest
+            supervisor = self._idle.pop() if self._idle else await self._new_supervisor()
             with suppress(ConnectionError):  # it has died a moment ago
-                # the last one to rest: its memory is the warmest
-                return self._idle.pop().start(packet)
-        return (await self._new_supervisor()).start(packet)
+                return supervisor.start(packet)
 
     def close(self) -> None:
         """End the fork server and the supervisors that have no job; the others go on."""

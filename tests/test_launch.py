@@ -7,11 +7,13 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from launcher import Launcher, LaunchRequest, LifeLine
 from tests.harness import AgentProcess, Server, curl, eventually, lines
@@ -129,6 +131,28 @@ async def test_a_late_request_to_kill_a_job_does_not_hit_the_next_one(tmp_path: 
         os.kill(pid, signal.SIGTERM)
         assert await life_line.nothing_left()
         assert json.loads((directory / "exit").read_text()) == {"kind": "exited", "code": 0}
+    launcher.close()
+
+
+async def test_a_supervisor_that_dies_before_it_is_asked_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Launcher(tmp_path, {"PATH": os.environ["PATH"]})
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "run.sh").write_text("exit 7")
+    ask, asked = launcher._ask_for_supervisor, 0
+
+    async def ask_in_vain_at_first(theirs: socket.socket) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            await ask(theirs)
+
+    monkeypatch.setattr(launcher, "_ask_for_supervisor", ask_in_vain_at_first)
+    life_line = await launcher.launch(LaunchRequest(tmp_path, {}, None, 1.0))
+    assert await life_line.nothing_left()
+    assert json.loads((tmp_path / "exit").read_text()) == {"kind": "exited", "code": 7}
+    assert asked == 2
     launcher.close()
 
 
