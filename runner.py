@@ -395,21 +395,30 @@ class JobDirectory:
 
     async def finish(self, ended: Exit) -> Finished:
         """Archive what the job left, and return the message that reports it."""
-        contents = _measure(self.path / "job", _FEW_FILES)
-        size = contents.size + sum(captured.size() for captured in self.logs())
-        if contents.files <= _FEW_FILES and size <= _LITTLE_BYTES:
-            return self._finish_in_memory(ended, contents)
-        return await asyncio.to_thread(self._finish_on_disk, ended)
+        try:
+            return self._finish_in_memory(ended)
+        except _NotLittle:
+            return await asyncio.to_thread(self._finish_on_disk, ended)
 
-    def _finish_in_memory(self, ended: Exit, contents: _Contents) -> Finished:
-        """Spare a little archive the disk: a successor of the agent makes it again."""
-        excess = self._excess(contents)
+    def _finish_in_memory(self, ended: Exit) -> Finished:
+        """Spare a little archive the disk: a successor of the agent makes it again.
+
+        Raises :class:`_NotLittle` before anything large is read.
+        """
+        tally = _Tally(_LITTLE_BYTES - sum(captured.size() for captured in self.logs()))
+        content, problem = self._zip_in_memory(tally.count(archive.walk(self.path / "job")))
+        excess = self._excess(tally.contents())
+        if excess:
+            content, problem = self._zip_in_memory(())
+        self._little_archive = content
+        digest = hashlib.sha256(content).hexdigest()
+        return self._finished(ended, (excess, problem), len(content), digest)
+
+    def _zip_in_memory(self, entries: Iterable[archive.Entry]) -> tuple[bytes, str | None]:
         target = io.BytesIO()
         with archive.zip_into(target, self.path) as writer:
-            problem = _fill(writer, () if excess else archive.walk(self.path / "job"), self.logs())
-        self._little_archive = target.getvalue()
-        digest = hashlib.sha256(self._little_archive).hexdigest()
-        return self._finished(ended, (excess, problem), len(self._little_archive), digest)
+            problem = _fill(writer, entries, self.logs())
+        return target.getvalue(), problem
 
     def _finish_on_disk(self, ended: Exit) -> Finished:
         excess = self._excess(_measure(self.path / "job", self.assign.output.result_files))
@@ -703,10 +712,43 @@ def _measure(top: Path, limit: int) -> _Contents:
     files = size = 0
     for entry in archive.walk(top):
         files += 1
-        size += entry.status.st_size if stat.S_ISREG(entry.status.st_mode) else 0
+        size += _size_of(entry)
         if files > limit:
             break
     return _Contents(files, size)
+
+
+def _size_of(entry: archive.Entry) -> int:
+    return entry.status.st_size if stat.S_ISREG(entry.status.st_mode) else 0
+
+
+class _NotLittle(Exception):
+    """There is more than may be handled at once."""
+
+
+class _Tally:
+    """Counts what passes by, as long as it is little."""
+
+    def __init__(self, bytes_left: int) -> None:
+        self._bytes_left = bytes_left
+        self._files = self._size = 0
+
+    def contents(self) -> _Contents:
+        """Return what has passed by."""
+        return _Contents(self._files, self._size)
+
+    def count(self, entries: Iterable[archive.Entry]) -> Iterator[archive.Entry]:
+        """Yield the entries. Raises :class:`_NotLittle` in the place of one that is too much."""
+        self._check()
+        for entry in entries:
+            self._files += 1
+            self._size += _size_of(entry)
+            self._check()
+            yield entry
+
+    def _check(self) -> None:
+        if self._files > _FEW_FILES or self._size > self._bytes_left:
+            raise _NotLittle
 
 
 def _excess(contents: _Contents, limits: OutputLimits) -> str | None:
@@ -789,12 +831,23 @@ def _write_atomically(path: Path, text: str) -> None:
 def _remove_tree(top: Path) -> None:
     """Remove a directory with all that a job may have left in it; no error if there is none."""
     with suppress(FileNotFoundError):
-        _remove_contents(top)
-        top.rmdir()
+        while not _remove_empty(top):
+            _remove_contents(top)
+
+
+def _remove_empty(directory: Path) -> bool:
+    """Remove a directory, unless there is something in it."""
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # POSIX allows either
+            raise
+        return False
+    return True
 
 
 def _remove_contents(top: Path) -> None:
-    """Empty a directory of all that a job may have left in it.
+    """Remove all that a job may have left in a directory.
 
     Directories are moved up to the top before they are emptied, so that the depth of the tree
     does not matter (shutil.rmtree recurses).
@@ -809,15 +862,14 @@ def _remove_contents(top: Path) -> None:
 
 
 def _remove_some(directory: int, numbers: Iterator[int]) -> bool:
-    """Remove what is in the directory now; returns whether there was anything."""
-    found = False
+    """Remove what is in the directory now; returns whether there may be more by now."""
+    has_moved = False
     for names in archive.portions_of_names(directory):
         for name in names:
-            found = True
             if not _unlink(name, directory):
-                _empty_into(name, directory, numbers)
+                has_moved |= _empty_into(name, directory, numbers)
                 os.rmdir(name, dir_fd=directory)
-    return found
+    return has_moved
 
 
 def _try_to_remove(path: Path) -> None:
@@ -828,8 +880,9 @@ def _try_to_remove(path: Path) -> None:
         log.exception("event=remove_failed path=%s", path)
 
 
-def _empty_into(name: str, top: int, numbers: Iterator[int]) -> None:
-    """Unlink the files of a directory in ``top`` and move its directories to ``top``."""
+def _empty_into(name: str, top: int, numbers: Iterator[int]) -> bool:
+    """Unlink the files of a directory in ``top`` and move its directories to ``top``, if any."""
+    has_moved = False
     directory = archive.open_directory(name, top)
     try:
         for child in itertools.chain.from_iterable(archive.portions_of_names(directory)):
@@ -838,8 +891,10 @@ def _empty_into(name: str, top: int, numbers: Iterator[int]) -> None:
             # a directory that changes its parent must be writable itself
             os.chmod(child, 0o700, dir_fd=directory)
             os.rename(child, _free_name(top, numbers), src_dir_fd=directory, dst_dir_fd=top)
+            has_moved = True
     finally:
         os.close(directory)
+    return has_moved
 
 
 def _free_name(directory: int, numbers: Iterator[int]) -> str:
