@@ -40,9 +40,15 @@ class _Service:
     turns: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     def may_run(self) -> bool:
-        if self.limits is None or not self.turns:
-            return False
-        return self.total.active < self.limits.max_runs
+        return bool(self.turns) and self.has_room()
+
+    def has_room(self) -> bool:
+        """Whether one more job of the service may be active."""
+        return self.limits is not None and self.total.active < self.limits.max_runs
+
+    def is_below_quota(self, active: int) -> bool:
+        """Whether a user of whom so many jobs are active may have one more."""
+        return self.limits is not None and active < self.limits.runs_per_user
 
     def change(self, user_id: int, waiting: int, active: int) -> None:
         """Add to the tally of a user's line, and keep its place in the rotation in step."""
@@ -57,8 +63,7 @@ class _Service:
     def update_turn(self, user_id: int) -> None:
         """Give the user a place in the rotation if a job of theirs could run, else none."""
         line = self.lines[user_id]
-        quota = 0 if self.limits is None else self.limits.runs_per_user
-        if line.waiting > 0 and line.active < quota:
+        if line.waiting > 0 and self.is_below_quota(line.active):
             self.turns.setdefault(user_id)
         else:
             self.turns.pop(user_id, None)
@@ -134,13 +139,9 @@ class FairQueue:
         It may if nobody waits whose turn would come first. A decision like the others.
         """
         service = self._service(line.service)
-        if service.limits is None or service.turns or not is_offered(line.service):
+        if service.turns or not service.has_room() or not is_offered(line.service):
             return False
-        active = self.counts_of_line(line).active
-        if (
-            active >= service.limits.runs_per_user
-            or service.total.active >= service.limits.max_runs
-        ):
+        if not service.is_below_quota(self.counts_of_line(line).active):
             return False
         service.change(line.user_id, waiting=-1, active=+1)
         return True

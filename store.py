@@ -79,6 +79,7 @@ from store_blobs import (
     drop_partial_result,
     files_of,
     first_free_blob_id,
+    goes_with_short,
     has_result,
     insert_chunks,
     open_blob,
@@ -277,8 +278,7 @@ class Store:
         written any more: deleting takes space too, in the WAL.
         """
         self._check_room(size)
-        # what fits into one chunk goes with the short operations
-        return await self._writer.write(operation, size if size > CHUNK_BYTES else 0)
+        return await self._writer.write(operation, 0 if goes_with_short(size) else size)
 
     def _check_room(self, size: int) -> None:
         volume = os.statvfs(self._path)

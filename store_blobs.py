@@ -51,6 +51,11 @@ def has_result(db: Database, attempt_id: int) -> bool:
     return row is not None
 
 
+def goes_with_short(size: int) -> bool:
+    """Whether so many bytes are written with the short operations: what fits into one chunk."""
+    return size <= CHUNK_BYTES
+
+
 def insert_chunks(
     db: Database, blob_id: int, first: int, chunks: Sequence[bytes | memoryview]
 ) -> None:

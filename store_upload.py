@@ -25,7 +25,7 @@ from records import (
     StoredFile,
     Submission,
 )
-from store_blobs import insert_chunks, open_blob
+from store_blobs import goes_with_short, insert_chunks, open_blob
 from store_jobs import write_history
 
 log = logging.getLogger("orchestrator.store")
@@ -143,7 +143,7 @@ class Upload:
 
     def is_little(self) -> bool:
         """Whether the commit writes all of it, and goes with the short operations."""
-        return not self.has_loose_ends() and self._pending_bytes <= CHUNK_BYTES
+        return not self.has_loose_ends() and goes_with_short(self._pending_bytes)
 
     def has_loose_ends(self) -> bool:
         """Whether there is anything on its way to the disk, or there, that no job refers to."""

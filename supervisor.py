@@ -273,16 +273,12 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _write(name: str, content: dict[str, object]) -> None:
+def _write_atomically(name: str, content: dict[str, object]) -> None:
     # Not truncated: the agent reserved the space of the exit record, so that it can be written
     # when the job has filled the disk.
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT, 0o644)
+    descriptor = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, json.dumps(content).ljust(_RECORD_BYTES).encode())
     finally:
         os.close(descriptor)
-
-
-def _write_atomically(name: str, content: dict[str, object]) -> None:
-    _write(f"{name}.new", content)
     os.rename(f"{name}.new", name)
