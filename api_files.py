@@ -35,7 +35,7 @@ from store import Store
 from zip_members import Archive, DamagedArchive, Member
 from zip_stream import Source, zip_of
 
-_STEP_BYTES = 1024 * 1024
+_STEP_BYTES = 512 * 1024
 _PAGE_FILES = 1000
 
 _CONTENT_TYPES: Mapping[str, str] = {
