@@ -42,6 +42,14 @@ async def upload(server: Server, directory: Path, *files: str) -> int:
 # --- the server's -----------------------------------------------------------------
 
 
+def _is_shrunk(server: Server) -> bool:
+    """Whether the file holds no free pages, and is as long as its pages: nothing is going on."""
+    ((free,),) = server.query("PRAGMA freelist_count")
+    ((pages,),) = server.query("PRAGMA page_count")
+    ((page_size,),) = server.query("PRAGMA page_size")
+    return bool(free == 0 and server.database.stat().st_size == pages * page_size)
+
+
 async def test_a_full_disk_is_said_and_overcome_without_a_restart(tmp_path: Path) -> None:
     async with (
         small_disk(tmp_path / "volume", "100m") as volume,
@@ -56,6 +64,7 @@ async def test_a_full_disk_is_said_and_overcome_without_a_restart(tmp_path: Path
         await eventually(
             lambda: server.query(blobs) == [(2 * accepted,)], "it erases what it refused"
         )
+        await eventually(lambda: _is_shrunk(server), "it gives the disk back what it erased")
         free = os.statvfs(volume).f_bavail * os.statvfs(volume).f_frsize
         (volume / "fill").write_bytes(bytes(free - 5 * _MB))
         health = await curl(f"{server.url}/health")
