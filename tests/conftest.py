@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from tests.harness import AgentProcess, Server, running_server
+
+
+def pytest_configure() -> None:
+    """Heed SIGINT even where a shell started the tests with ``&``.
+
+    Such a shell has its children ignore it (POSIX, 2.11), and they would hand that on to the
+    servers and agents under test.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
