@@ -14,8 +14,8 @@ from tests.harness import AgentProcess, Server, running_server
 def pytest_configure() -> None:
     """Heed SIGINT even where a shell started the tests with ``&``.
 
-    Such a shell has its children ignore it (POSIX, 2.11), and they would hand that on to the
-    servers and agents under test.
+    Such a shell has its children ignore it (POSIX, Shell Command Language, 2.11), and they would
+    hand that on to the servers and agents under test.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

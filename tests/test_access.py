@@ -56,8 +56,8 @@ async def new_token(server: Server, name: str, user: str, role: str) -> tuple[st
 
 
 async def until_status(status: int, *arguments: str) -> Answer:
-    """Ask until the answer has a status; the server takes up to two seconds to notice."""
-    deadline = time.monotonic() + 10
+    """Ask until the answer has a status; the server may take two seconds to notice."""
+    deadline = time.monotonic() + 2
     while (answer := await curl(*arguments)).status != status:
         assert time.monotonic() < deadline, answer
         await asyncio.sleep(0.02)

@@ -57,7 +57,7 @@ async def test_one_curl_is_a_whole_client(server: Server, tmp_path: Path) -> Non
     await server.wait(job_id, "Completed")
     ended = time.monotonic()
     assert (await client)[0] == 0
-    assert time.monotonic() - ended < 10, "it is answered then, not when its 300 s are over"
+    assert time.monotonic() - ended < 1
     assert zipfile.ZipFile(tmp_path / "results.zip").read("out") == b"done\n"
     # what has ended is not waited for
     assert (await curl(f"{server.url}/download/{job_id}?wait=300")).body.startswith(b"PK")

@@ -142,12 +142,19 @@ async def test_an_agent_that_is_away_can_be_drained_an_unknown_one_is_not_found(
 # --- services, metrics, health ----------------------------------------------------
 
 
+_DONE = "until [ -e ../../../go ]; do sleep 0.05; done; sleep 0.3"
+
+
 @pytest.fixture
 async def busy(tmp_path: Path) -> AsyncIterator[Server]:
     """A server that has done one job, failed one, holds one and has another wait."""
     environment = {"SERVICE_FOLD_MAX_RUNS": "1", "SERVICE_FOLD_TIMEOUT": "60"}
     async with running_server(tmp_path / "s", "--slots", "2", environment=environment) as server:
-        await server.result(await server.upload("sleep 0.2"))
+        done = await server.upload(_DONE)
+        await server.wait(done, "Running")
+        # only now, so that its run, as the server sees it, is as long as its last sleep at least
+        (server.directory / "orchestrator.db.agent" / "go").touch()
+        await server.result(done)
         await server.wait(await server.upload("exit 3"), "Failed")
         await server.wait(await server.upload("sleep 60", service="fold"), "Running")
         await server.upload("sleep 60", service="fold")
@@ -182,6 +189,8 @@ async def test_services_say_what_waits_what_runs_and_how_long_it_takes(busy: Ser
             "median_run": None,
         }
         assert (example["active"], example["queued"]) == (0, 0)
+        assert 0 < example["median_wait"] < 20
+        assert 0.1 < example["median_run"] < 20
         assert example["median_wait"] == pytest.approx(statistics.median(waits), abs=0.001)
         assert example["median_run"] == pytest.approx(statistics.median(runs), abs=0.001)
         # the second time after a restart, which knows of the jobs that ended before
@@ -208,11 +217,12 @@ async def test_metrics_are_what_prometheus_reads_and_what_happened(busy: Server)
     assert of("orchestrator_jobs_finished_total", service="example", state="Failed") == 1
     assert of("orchestrator_job_run_seconds_count", service="example") == 2
     run_seconds = sum(_seconds_between(busy, "Running", "Completed", "Failed"))
+    assert 0.2 < run_seconds < 20
     assert of("orchestrator_job_run_seconds_sum", service="example") == pytest.approx(run_seconds)
     assert of("orchestrator_job_wait_seconds_count", service="fold") == 1
     assert of("orchestrator_agents_connected") == 1
     assert (of("orchestrator_slots"), of("orchestrator_slots_busy")) == (2, 1)
-    assert of("orchestrator_uploaded_bytes_total") == len("sleep 0.2exit 3sleep 60sleep 60")
+    assert of("orchestrator_uploaded_bytes_total") == len(_DONE + "exit 3sleep 60sleep 60")
     assert of("orchestrator_result_bytes_total") > 200
     assert of("orchestrator_http_response_bytes_total", path="/download/{id}") > 100
     uploads = of("orchestrator_http_requests_total", method="POST", path="/upload", status="201")

@@ -44,10 +44,11 @@ async def upload(server: Server, directory: Path, *files: str) -> int:
 
 def _is_shrunk(server: Server) -> bool:
     """Whether the file holds no free pages, and is as long as its pages: nothing is going on."""
-    ((free,),) = server.query("PRAGMA freelist_count")
-    ((pages,),) = server.query("PRAGMA page_count")
-    ((page_size,),) = server.query("PRAGMA page_size")
-    return bool(free == 0 and server.database.stat().st_size == pages * page_size)
+    ((free, length),) = server.query(
+        "SELECT freelist_count, page_count * page_size"
+        " FROM pragma_freelist_count, pragma_page_count, pragma_page_size"
+    )
+    return (free, server.database.stat().st_size) == (0, length)
 
 
 async def test_a_full_disk_is_said_and_overcome_without_a_restart(tmp_path: Path) -> None:
