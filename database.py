@@ -373,6 +373,15 @@ def vacuum_some(db: Database) -> bool:
     return 0 < left < before  # a file without incremental vacuum keeps them all
 
 
-def checkpoint(db: Database) -> None:
-    """Carry the WAL into the file, which shrinks only then (sqlite.org/wal.html)."""
-    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+def checkpoint(db: Database) -> bool:
+    """Carry the WAL into the file, which shrinks only then, and empty it (sqlite.org/wal.html).
+
+    Does what it can without waiting for other connections; returns whether that was all, so
+    False if one of them was reading.
+    """
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        ((busy, _, _),) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
+    return not busy

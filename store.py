@@ -210,7 +210,7 @@ class Store:
         self._pinned: Counter[int] = Counter()
         self._orphans: set[int] = set()
         self._erase_wake = asyncio.Event()
-        self._may_have_free_pages = True  # a crash may have come between erasing and vacuum
+        self._may_shrink = True  # a crash may have come between erasing and vacuum
 
     @classmethod
     async def open(cls, path: str) -> Store:
@@ -287,6 +287,10 @@ class Store:
         # will make the file grow, too
         needed = reserve + 2 * size + self._wal_size()
         if volume.f_bavail * volume.f_frsize < needed:
+            # what takes the room may be a WAL that is carried over but not emptied, and if
+            # nothing is written any more, nothing else will empty it
+            self._may_shrink = True
+            self._erase_wake.set()
             raise StoreFull("the disk that holds the database is full")
 
     def _wal_size(self) -> int:
@@ -955,6 +959,8 @@ class Store:
                 await self._erase_all()
             except (StoreFull, StoreUnavailable) as error:
                 log.warning("event=erase_failed error=%r retry_s=%g", str(error), _RETRY_SECONDS)
+                self._may_shrink = True
+            if self._may_shrink:
                 await asyncio.sleep(_RETRY_SECONDS)
                 self._erase_wake.set()
 
@@ -968,11 +974,12 @@ class Store:
             erased += 1
         while await self._writer.write(erase_some_output, 1):
             erased += 1
-        if erased or self._may_have_free_pages:
+        if erased or self._may_shrink:
+            self._may_shrink = False
             while await self._writer.write(vacuum_some, 1):
                 pass
-            await self._writer.outside_transaction(checkpoint)
-            self._may_have_free_pages = False
+            if not await self._writer.outside_transaction(checkpoint):
+                self._may_shrink = True
 
     def _erase_some(self, db: Database) -> bool:
         """Erase a few chunks of one doomed blob; returns whether there was one."""

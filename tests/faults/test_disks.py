@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -42,13 +43,28 @@ async def upload(server: Server, directory: Path, *files: str) -> int:
 # --- the server's -----------------------------------------------------------------
 
 
+async def _erased(server: Server, blobs: int) -> None:
+    """Wait until no more blobs than that are left, and the disk has back what the others took."""
+    count = "SELECT count(*) FROM blob"
+    await eventually(lambda: server.query(count) == [(blobs,)], "it erases what it refused")
+    await eventually(lambda: _is_shrunk(server), "it gives the disk back what it erased")
+
+
+def _log_of(server: Server) -> Path:
+    return server.database.with_name(f"{server.database.name}-wal")
+
+
 def _is_shrunk(server: Server) -> bool:
-    """Whether the file holds no free pages, and is as long as its pages: nothing is going on."""
+    """Whether the file has no free pages and takes no more than its pages, and the log nothing.
+
+    Blocks are counted, as a file that is cut off has its new length before they are free.
+    """
     ((free, length),) = server.query(
         "SELECT freelist_count, page_count * page_size"
         " FROM pragma_freelist_count, pragma_page_count, pragma_page_size"
     )
-    return (free, server.database.stat().st_size) == (0, length)
+    taken = [path.stat().st_blocks * 512 for path in (server.database, _log_of(server))]
+    return (free, *taken) == (0, length, 0)
 
 
 async def test_a_full_disk_is_said_and_overcome_without_a_restart(tmp_path: Path) -> None:
@@ -56,22 +72,43 @@ async def test_a_full_disk_is_said_and_overcome_without_a_restart(tmp_path: Path
         small_disk(tmp_path / "volume", "100m") as volume,
         running_server(volume / "server", "--no-agent") as server,
     ):
-        (tmp_path / "big").write_bytes(bytes(20 * _MB))
-        answers = [await upload(server, tmp_path, "big") for _ in range(6)]
+        (tmp_path / "big").write_bytes(bytes(30 * _MB))
+        answers = []
+        for _ in range(6):
+            answers.append(await upload(server, tmp_path, "big"))
+            if answers[-1] == 507:
+                await _erased(server, blobs=2 * answers.count(201))
         accepted = answers.count(201)
         assert 1 <= accepted <= 4
         assert set(answers[accepted:]) == {507}
-        blobs = "SELECT count(*) FROM blob"
-        await eventually(
-            lambda: server.query(blobs) == [(2 * accepted,)], "it erases what it refused"
-        )
-        await eventually(lambda: _is_shrunk(server), "it gives the disk back what it erased")
         free = os.statvfs(volume).f_bavail * os.statvfs(volume).f_frsize
         (volume / "fill").write_bytes(bytes(free - 5 * _MB))
         health = await curl(f"{server.url}/health")
         assert (health.status, health.json()["status"]) == (500, "unhealthy")
         assert (await server.status(1))["status"] == "Queued"
         (volume / "fill").unlink()
+        assert (await curl(f"{server.url}/health")).status == 200
+        assert await upload(server, tmp_path) == 201
+
+
+async def test_a_reader_that_keeps_the_log_long_fills_the_disk_only_as_long_as_it_reads(
+    tmp_path: Path,
+) -> None:
+    """Nothing is taken meanwhile, so no write of a job empties the write-ahead log after it."""
+    async with (
+        small_disk(tmp_path / "volume", "100m") as volume,
+        running_server(volume / "server", "--no-agent") as server,
+    ):
+        (tmp_path / "big").write_bytes(bytes(20 * _MB))
+        assert [await upload(server, tmp_path, "big") for _ in range(3)] == [201, 201, 201]
+        with contextlib.closing(sqlite3.connect(server.database, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM job").fetchall() == [(3,)]
+            assert await upload(server, tmp_path, "big") == 507
+            log = _log_of(server)
+            await eventually(lambda: log.stat().st_size > 25 * _MB, "erasing makes the log long")
+            assert (await curl(f"{server.url}/health")).status == 500
+        await _erased(server, blobs=6)
         assert (await curl(f"{server.url}/health")).status == 200
         assert await upload(server, tmp_path) == 201
 
