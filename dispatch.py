@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import config
-import protocol
+import jobs
 from config import Settings, SettingsInForce
-from database import StoreFull, StoreUnavailable
 from events import AgentChangeKind, Event, Transition
-from incoming import IncomingSnapshot, SnapshotUnavailable
+from fleet.session import Agent, AgentSocket, AgentStatus, Attempt, Session
+from fleet.snapshot_relay import IncomingSnapshot, SnapshotUnavailable
 from records import (
     Assignment,
     IllegalTransition,
@@ -29,8 +29,9 @@ from records import (
     Superseded,
 )
 from scheduler import Counts, FairQueue, FreeSlots
-from session import Agent, AgentSocket, AgentStatus, Attempt, Session
+from storage.database import StoreFull, StoreUnavailable
 from store import Store
+from wire import messages
 
 log = logging.getLogger("orchestrator.dispatch")
 
@@ -44,7 +45,7 @@ _TERMINATED = "Job terminated"
 class AlreadyFinal(Exception):
     """The job has ended, so it can't be terminated; ``state`` says how."""
 
-    def __init__(self, state: protocol.JobState) -> None:
+    def __init__(self, state: jobs.JobState) -> None:
         super().__init__(f"the job is {state} already")
         self.state = state
 
@@ -105,7 +106,7 @@ class Dispatcher:
         """Return the agents that are connected, hold jobs, or are drained."""
         return [agent.status() for agent in self._agents.values()]
 
-    def active_jobs(self) -> list[tuple[str, protocol.JobState]]:
+    def active_jobs(self) -> list[tuple[str, jobs.JobState]]:
         """Return service and state of each job that an agent holds."""
         return [
             (attempt.job.service, attempt.state)
@@ -208,7 +209,7 @@ class Dispatcher:
     def _follow(self, event: Event) -> None:
         if isinstance(event, Transition):
             self._queue.follow(event)
-            if event.after not in protocol.ACTIVE_STATES:
+            if event.after not in jobs.ACTIVE_STATES:
                 self._wake.set()
 
     def _schedule(self) -> None:
@@ -295,14 +296,14 @@ class Dispatcher:
 
     # --- what sessions report
 
-    async def admit(self, session: Session, hello: protocol.Hello) -> Agent | protocol.Refused:
+    async def admit(self, session: Session, hello: messages.Hello) -> Agent | messages.Refused:
         """Take an agent in, or say why not. Its lease stops while it is connected."""
         if refusal := self._refusal(hello):
             return refusal
         agent = self._known_agent(hello)
         while (present := agent.session) is not None:
             if present.instance != hello.instance and await present.is_alive():
-                return protocol.Refused(
+                return messages.Refused(
                     f"an agent with this identity is connected already, from {present.address}",
                     retry=True,
                 )
@@ -324,22 +325,22 @@ class Dispatcher:
             raise
         return agent
 
-    def _known_agent(self, hello: protocol.Hello) -> Agent:
+    def _known_agent(self, hello: messages.Hello) -> Agent:
         return self._agents.setdefault(hello.agent_id, Agent(hello.agent_id, hello.name))
 
-    def _refusal(self, hello: protocol.Hello) -> protocol.Refused | None:
-        if hello.protocol != protocol.PROTOCOL_VERSION:
-            return protocol.Refused(
-                f"agent speaks protocol {hello.protocol}, server {protocol.PROTOCOL_VERSION}:"
+    def _refusal(self, hello: messages.Hello) -> messages.Refused | None:
+        if hello.protocol != messages.PROTOCOL_VERSION:
+            return messages.Refused(
+                f"agent speaks protocol {hello.protocol}, server {messages.PROTOCOL_VERSION}:"
                 " install the same version on both",
                 retry=False,
             )
         try:
             config.checked_agent_name(hello.name)
         except config.ConfigError as error:
-            return protocol.Refused(str(error), retry=False)
+            return messages.Refused(str(error), retry=False)
         if not 0 <= hello.slots <= 4096 or not 1 <= len(hello.agent_id) <= 64:
-            return protocol.Refused("slots or agent id out of range", retry=False)
+            return messages.Refused("slots or agent id out of range", retry=False)
         return None
 
     def detach(self, session: Session, agent: Agent) -> None:
@@ -419,9 +420,9 @@ class Dispatcher:
             status = await self.store.job_status(job_id)
             if status is None:
                 return None
-            if was_asked and status.state is protocol.JobState.KILLED:
+            if was_asked and status.state is jobs.JobState.KILLED:
                 return status
-            if protocol.has_ended(status.state):
+            if jobs.has_ended(status.state):
                 raise AlreadyFinal(status.state)
             was_asked = True
             if job_id in self._held:

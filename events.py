@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
-from protocol import JobState, Stream
+from jobs import JobState
+from wire.frames import Stream
 
 
 @dataclass(frozen=True, slots=True)

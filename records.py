@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from database import StoreError
-from protocol import FileSpec, JobState, Stream
+from jobs import FileSpec, JobState
+from storage.database import StoreError
+from wire.frames import Stream
 
 
 class Superseded(StoreError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from config import ServiceLimits
 from events import Transition
-from protocol import ACTIVE_STATES, JobState
+from jobs import ACTIVE_STATES, JobState
 from records import Line
 
 # --- whose turn it is -------------------------------------------------------------

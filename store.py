@@ -22,30 +22,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar, cast
 
-import metrics
-from access import Token
-from database import (
-    HOW_TO_MAKE_WRITABLE,
-    Connection,
-    Database,
-    StoreError,
-    StoreFull,
-    StoreRefused,
-    StoreUnavailable,
-    Writer,
-    check_sqlite_version,
-    checkpoint,
-    connect,
-    in_one_snapshot,
-    lock_file,
-    prepare_connection,
-    prepare_reader,
-    prepare_writer,
-    translated,
-    vacuum_some,
-)
 from events import AgentChange, AgentChangeKind, Feed, Transition
-from protocol import ACTIVE_STATES, CHUNK_BYTES, LIVE_STREAMS, FileSpec, Finished, JobState, Stream
+from jobs import ACTIVE_STATES, FileSpec, JobState
 from records import (
     NO_OUTPUT,
     ActiveJob,
@@ -68,9 +46,7 @@ from records import (
     Submission,
     Writing,
 )
-from schema import migrate
-from store_beside import tokens_by_digest
-from store_blobs import (
+from storage.blobs import (
     CHUNK_INDEX_BITS,
     ERASE_CHUNKS,
     LITTLE_BYTES,
@@ -86,7 +62,42 @@ from store_blobs import (
     read_stream,
     seal_result,
 )
-from store_jobs import (
+from storage.database import (
+    HOW_TO_MAKE_WRITABLE,
+    Connection,
+    Database,
+    StoreError,
+    StoreFull,
+    StoreRefused,
+    StoreUnavailable,
+    Writer,
+    check_sqlite_version,
+    checkpoint,
+    connect,
+    in_one_snapshot,
+    lock_file,
+    prepare_connection,
+    prepare_reader,
+    prepare_writer,
+    translated,
+    vacuum_some,
+)
+from storage.maintenance import tokens_by_digest
+from storage.output import add_output, doom_output, drop_live_output, erase_some_output
+from storage.queries import (
+    HISTORY,
+    LARGEST_ID,
+    QUEUE_POSITION,
+    active_job_of,
+    find_jobs,
+    job_details,
+    transition_of,
+)
+from storage.results import LatestResults, ResultStored
+from storage.schema import migrate
+from storage.statuses import LatestStatuses
+from storage.tokens import Token
+from storage.transitions import (
     active_job_of_attempt,
     first_of_line,
     job_of,
@@ -96,19 +107,7 @@ from store_jobs import (
     transition,
     write_agent_change,
 )
-from store_output import add_output, doom_output, drop_live_output, erase_some_output
-from store_results import LatestResults, ResultStored
-from store_search import (
-    HISTORY,
-    LARGEST_ID,
-    QUEUE_POSITION,
-    active_job_of,
-    find_jobs,
-    job_details,
-    transition_of,
-)
-from store_status import LatestStatuses
-from store_upload import (
+from storage.uploads import (
     KEY_SECONDS,
     Upload,
     check_queue,
@@ -119,6 +118,9 @@ from store_upload import (
     share_input,
     submission_before,
 )
+from telemetry import metrics
+from wire.frames import CHUNK_BYTES, LIVE_STREAMS, Stream
+from wire.messages import Finished
 
 log = logging.getLogger("orchestrator.store")
 

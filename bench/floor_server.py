@@ -14,8 +14,8 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-import protocol
 from bench.processes import Child, Stage
+from wire.codec import MAX_TEXT_BYTES
 
 STATUS = {"id": 1, "status": "Queued", "message": "Job successfully uploaded"}
 
@@ -39,7 +39,7 @@ async def _answer_json(_: web.Request) -> web.StreamResponse:
 
 
 async def _receive(request: web.Request) -> web.StreamResponse:
-    channel = web.WebSocketResponse(compress=False, max_msg_size=protocol.MAX_TEXT_BYTES)
+    channel = web.WebSocketResponse(compress=False, max_msg_size=MAX_TEXT_BYTES)
     await channel.prepare(request)
     async for message in channel:
         if message.type is aiohttp.WSMsgType.BINARY and not message.data:

@@ -200,7 +200,7 @@ class Stage:
     async def agent(self, server: Server, slots: int, name: str = "agent") -> Child:
         """Start a real agent; returns when it is connected."""
         command = (
-            *(sys.executable, "agent.py", "--server", server.url, "--name", name),
+            *(sys.executable, "orchestrator.py", "agent", "--server", server.url, "--name", name),
             *("--slots", str(slots), "--services", "example"),
             *("--workdir", str(self.directory / f"{name}.work")),
         )

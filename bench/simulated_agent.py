@@ -1,6 +1,6 @@
 """Agents that speak the real protocol but run nothing: every job's result is ready-made.
 
-They use ``protocol.py`` and ``channel.py`` as the real agent does, and reconnect like it. What an
+They use ``messages.py`` and ``channel.py`` as the real agent does, and reconnect like it. What an
 agent held when its connection ended, it forgets: the server gives the job out again.
 """
 
@@ -22,10 +22,19 @@ from pathlib import Path
 import aiohttp
 
 import config
-import protocol
 from bench.measure import BenchmarkError
-from channel import Outbox
-from protocol import JobState, Stream
+from jobs import JobState
+from wire import codec, messages
+from wire.frames import (
+    CHUNK_BYTES,
+    READ_BYTES,
+    Frame,
+    Stream,
+    decode_frame,
+    transfer_id,
+    transfer_parts,
+)
+from wire.outbox import Outbox
 
 _FIRST_RETRY_SECONDS = 0.1
 _LAST_RETRY_SECONDS = 5.0
@@ -40,14 +49,14 @@ class Archive:
         with open(path, "rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            self._only_frame = file.read() if self.size <= protocol.CHUNK_BYTES else None
+            self._only_frame = file.read() if self.size <= CHUNK_BYTES else None
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     async def read(self, offset: int) -> bytes:
         """Return what is at an offset; large files are read in a thread, as agents do."""
         if self._only_frame is not None:
             return self._only_frame
-        return await asyncio.to_thread(os.pread, self._file, protocol.READ_BYTES, offset)
+        return await asyncio.to_thread(os.pread, self._file, READ_BYTES, offset)
 
 
 def write_minimal_archive(path: Path) -> None:
@@ -112,7 +121,7 @@ class SimulatedAgent:
             raise ConnectionError("the attempt was forgotten with its connection")
         finished_at = time.perf_counter()
         self._outbox.put(
-            protocol.Finished(
+            messages.Finished(
                 attempt_id=attempt_id,
                 state=JobState.COMPLETED,
                 exit_code=0,
@@ -121,18 +130,18 @@ class SimulatedAgent:
                 result_sha256=self._archive.sha256,
             )
         )
-        transfer = protocol.transfer_id(attempt_id, Stream.RESULT)
+        transfer = transfer_id(attempt_id, Stream.RESULT)
         self._outbox.open(transfer, self._archive.read, 0, self._archive.size)
         return finished_at, await attempt.stored
 
     async def _connect(self, session: aiohttp.ClientSession) -> None:
         async with session.ws_connect(
-            f"{self._url}/agent", max_msg_size=protocol.MAX_TEXT_BYTES, compress=0
+            f"{self._url}/agent", max_msg_size=codec.MAX_TEXT_BYTES, compress=0
         ) as socket:
             self._outbox = Outbox()
-            await socket.send_str(protocol.encode(self._hello()))
-            welcome = protocol.decode(await socket.receive_str(timeout=30))
-            if not isinstance(welcome, protocol.Welcome):
+            await socket.send_str(codec.encode(self._hello()))
+            welcome = codec.decode(await socket.receive_str(timeout=30))
+            if not isinstance(welcome, messages.Welcome):
                 raise BenchmarkError(f"an agent was not welcomed: {welcome}")
             self._pause = _FIRST_RETRY_SECONDS
             self._on_connection(1)
@@ -142,9 +151,9 @@ class SimulatedAgent:
                 self._on_connection(-1)
                 self._forget_all()
 
-    def _hello(self) -> protocol.Hello:
-        return protocol.Hello(
-            protocol=protocol.PROTOCOL_VERSION,
+    def _hello(self) -> messages.Hello:
+        return messages.Hello(
+            protocol=messages.PROTOCOL_VERSION,
             agent_id=self._id,
             instance=self._id[:16],
             name=self._name,
@@ -162,9 +171,9 @@ class SimulatedAgent:
         try:
             async for frame in socket:
                 if frame.type is aiohttp.WSMsgType.TEXT:
-                    self._take_message(protocol.decode(frame.data))
+                    self._take_message(codec.decode(frame.data))
                 elif frame.type is aiohttp.WSMsgType.BINARY:
-                    self._take_frame(protocol.decode_frame(frame.data))
+                    self._take_frame(decode_frame(frame.data))
         finally:
             sending.cancel()
             beating.cancel()
@@ -174,7 +183,7 @@ class SimulatedAgent:
         """Send heartbeats. The first comes at random: agents of a grown fleet don't beat as one."""
         await asyncio.sleep(random.uniform(0, interval))
         while True:
-            self._outbox.put(protocol.Heartbeat())
+            self._outbox.put(messages.Heartbeat())
             await asyncio.sleep(interval)
 
     def _forget_all(self) -> None:
@@ -186,33 +195,33 @@ class SimulatedAgent:
                 attempt.stored.exception()  # nobody may be waiting for it
         self._attempts.clear()
 
-    def _take_message(self, message: protocol.Message | protocol.UnknownMessage) -> None:
+    def _take_message(self, message: messages.Message | codec.UnknownMessage) -> None:
         match message:
-            case protocol.Assign():
+            case messages.Assign():
                 self._assigned_at[message.attempt_id] = time.perf_counter()
                 missing = sum(file.size for file in message.files)
                 stored = asyncio.get_running_loop().create_future()
                 self._attempts[message.attempt_id] = _Attempt(missing, stored)
                 self._start_if_whole(message.attempt_id)
-            case protocol.Acknowledge():
+            case messages.Acknowledge():
                 self._outbox.acknowledge(message.transfer, message.offset)
-            case protocol.Stored():
+            case messages.Stored():
                 if attempt := self._attempts.pop(message.attempt_id, None):
                     attempt.stored.set_result(time.perf_counter())
-            case protocol.Refused() | protocol.Kill() | protocol.Drop():
+            case messages.Refused() | messages.Kill() | messages.Drop():
                 raise BenchmarkError(f"a simulated agent got {message}")
             case _:
                 pass
 
-    def _take_frame(self, frame: protocol.Frame) -> None:
-        attempt_id, _ = protocol.transfer_parts(frame.transfer)
+    def _take_frame(self, frame: Frame) -> None:
+        attempt_id, _ = transfer_parts(frame.transfer)
         attempt = self._attempts[attempt_id]
         attempt.missing -= len(frame.data)
-        self._outbox.put(protocol.Acknowledge(frame.transfer, frame.offset + len(frame.data)))
+        self._outbox.put(messages.Acknowledge(frame.transfer, frame.offset + len(frame.data)))
         self._start_if_whole(attempt_id)
 
     def _start_if_whole(self, attempt_id: int) -> None:
         if self._attempts[attempt_id].missing == 0:
-            self._outbox.put(protocol.Accepted(attempt_id))
-            self._outbox.put(protocol.Started(attempt_id))
+            self._outbox.put(messages.Accepted(attempt_id))
+            self._outbox.put(messages.Started(attempt_id))
             self.ready.put_nowait((attempt_id, self._assigned_at.pop(attempt_id)))

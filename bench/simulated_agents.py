@@ -14,8 +14,8 @@ from pathlib import Path
 
 import aiohttp
 
-import protocol
 from bench.simulated_agent import Archive, SimulatedAgent
+from wire.frames import CHUNK_BYTES
 
 
 class _Fleet:
@@ -41,7 +41,7 @@ async def _deliver_for_ever(agent: SimulatedAgent, archive: Archive) -> None:
             finished_at, stored_at = await agent.deliver(attempt_id)
         except ConnectionError:
             continue  # the server is away and will give the job out again
-        if archive.size > protocol.CHUNK_BYTES:
+        if archive.size > CHUNK_BYTES:
             _print(delivery_seconds=stored_at - finished_at)
 
 

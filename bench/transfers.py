@@ -10,7 +10,6 @@ from pathlib import Path
 
 import aiohttp
 
-import protocol
 from bench import client, floors
 from bench.floor_server import FloorServer
 from bench.measure import (
@@ -26,6 +25,7 @@ from bench.measure import (
 )
 from bench.processes import Child, Server, Stage
 from bench.scale import Scale
+from wire.frames import CHUNK_BYTES, encode_frame
 
 _HEALTH_PAUSE_SECONDS = 0.02
 
@@ -145,8 +145,8 @@ async def _time_bare_socket(url: str, source: Path) -> float:
         with open(source, "rb") as file:
             started = time.perf_counter()
             transfer = offset = 0
-            while data := file.read(protocol.CHUNK_BYTES):
-                await socket.send_bytes(protocol.encode_frame(transfer, offset, data))
+            while data := file.read(CHUNK_BYTES):
+                await socket.send_bytes(encode_frame(transfer, offset, data))
                 offset += len(data)
             await socket.send_bytes(b"")
             await socket.receive_str()

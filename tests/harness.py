@@ -168,7 +168,7 @@ class Server:
         def is_there() -> bool:
             for process in psutil.Process(self.pid).children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if any(word.endswith("agent.py") for word in process.cmdline()):
+                    if "--embedded" in process.cmdline():
                         found.append(process.pid)
             return bool(found)
 
@@ -263,8 +263,8 @@ class AgentProcess:
         """Start it; does not wait for its connection."""
         with open(self.server.directory / f"agent-{self.name}.log", "ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, *self.through, str(PROJECT / "agent.py")),
-                *("--server", self.server.url, "--name", self.name),
+                *(sys.executable, *self.through, str(PROJECT / "orchestrator.py")),
+                *("agent", "--server", self.server.url, "--name", self.name),
                 *("--workdir", str(self.workdir), *arguments),
                 env={**os.environ, **(environment or {})},
                 stdout=log,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import config
-from agent import default_workdir
+from agent.command import default_workdir
 from config import ConfigError, ServiceLimits
 
 

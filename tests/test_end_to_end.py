@@ -372,17 +372,18 @@ async def test_the_example_counts_the_contacts_between_two_chains(server: Server
 
 
 @pytest.mark.parametrize(
-    ("program", "words"),
+    ("command", "words"),
     [
-        ("orchestrator.py", ["--host", "--port", "--db", "--config", "--no-agent", "--slots"]),
-        ("agent.py", ["--server", "--name", "--slots", "--services", "--workdir", "--token-file"]),
+        ([], ["--host", "--port", "--db", "--config", "--no-agent", "--slots"]),
+        (["agent"], ["--server", "--name", "--slots", "--services", "--workdir", "--token-file"]),
     ],
 )
-async def test_help_and_version(program: str, words: list[str]) -> None:
-    code, text = await run(sys.executable, str(PROJECT / program), "--help")
+async def test_help_and_version(command: list[str], words: list[str]) -> None:
+    program = str(PROJECT / "orchestrator.py")
+    code, text = await run(sys.executable, program, *command, "--help")
     assert code == 0
     assert all(word in text.decode() for word in words)
-    code, text = await run(sys.executable, str(PROJECT / program), "--version")
+    code, text = await run(sys.executable, program, *command, "--version")
     assert (code, text.decode().strip()) == (0, "0.1.0")
 
 
@@ -415,19 +416,19 @@ async def test_a_server_that_can_not_start_says_why(
 
 
 @pytest.mark.parametrize(
-    ("program", "arguments"),
+    "arguments",
     [
-        ("orchestrator.py", ["--config", "pipe", "backup", "copy.db"]),
-        ("orchestrator.py", ["--config", "pipe"]),
-        ("agent.py", ["--server", "http://127.0.0.1:9", "--token-file", "pipe"]),
+        ["--config", "pipe", "backup", "copy.db"],
+        ["--config", "pipe"],
+        ["agent", "--server", "http://127.0.0.1:9", "--token-file", "pipe"],
     ],
 )
 async def test_a_command_that_is_interrupted_does_not_claim_success(
-    tmp_path: Path, program: str, arguments: list[str]
+    tmp_path: Path, arguments: list[str]
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(PROJECT / program), *arguments),
+        *(sys.executable, str(PROJECT / "orchestrator.py"), *arguments),
         cwd=tmp_path,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -447,7 +448,8 @@ async def test_an_agent_that_can_not_use_its_directory_says_why(
     (tmp_path / "file").touch()
     (tmp_path / "agent" / "agent-id").mkdir(parents=True)
     code, output = await run(
-        *(sys.executable, str(PROJECT / "agent.py"), "--server", "http://127.0.0.1:9"),
+        *(sys.executable, str(PROJECT / "orchestrator.py"), "agent"),
+        *("--server", "http://127.0.0.1:9"),
         *("--workdir", str(tmp_path / workdir)),
     )
     assert code == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from logs import JsonFormatter, TextFormatter
+from telemetry.logs import JsonFormatter, TextFormatter
 from tests.harness import AgentProcess, curl, eventually, running_server
 
 

@@ -12,110 +12,6 @@ import pytest
 
 from tests.harness import PROJECT, run
 
-MAY_IMPORT = {
-    "protocol": set[str](),
-    "config": set[str](),
-    "event_loop": set[str](),
-    "logs": {"config"},
-    "metrics": set[str](),
-    "supervisor": set[str](),
-    "forkserver": {"supervisor"},
-    "launcher": set[str](),
-    "channel": {"protocol"},
-    "events": {"protocol"},
-    "database": {"metrics"},
-    "access": set[str](),
-    "records": {"protocol", "database"},
-    "schema": {"database"},
-    "store_blobs": {"protocol", "records", "database"},
-    "store_output": {"protocol", "events", "records", "database", "store_blobs"},
-    "store_jobs": {"protocol", "events", "records", "database", "store_blobs"},
-    "store_upload": {"protocol", "records", "database", "metrics", "store_blobs", "store_jobs"},
-    "store_search": {"protocol", "events", "records", "database"},
-    "store_results": {"protocol", "events", "records"},
-    "store_status": {"events", "records"},
-    "store_beside": {"protocol", "access", "database", "schema", "store_blobs"},
-    "store": {
-        *("protocol", "events", "records", "database", "access", "metrics", "schema"),
-        *("store_blobs", "store_output", "store_jobs", "store_upload", "store_search"),
-        *("store_beside", "store_results", "store_status"),
-    },
-    "instruments": {"protocol", "events", "records", "metrics"},
-    "scheduler": {"protocol", "events", "records", "config"},
-    "session": {
-        *("protocol", "channel", "events", "records", "store", "incoming", "config"),
-    },
-    "dispatch": {
-        *("protocol", "events", "records", "store", "database", "scheduler", "session"),
-        *("incoming", "config"),
-    },
-    "incoming": {"protocol"},
-    "api_answers": {"events", "records", "database", "dispatch", "config"},
-    "api_log": {"api_answers", "api_access", "config", "instruments"},
-    "api_operations": {
-        *("protocol", "config", "store", "database", "session", "dispatch", "metrics"),
-        *("instruments", "api_answers", "api_access"),
-    },
-    "api_guard": {"config", "api_answers"},
-    "api_form": {"protocol", "records", "store_upload", "config", "api_answers"},
-    "api_connection": {"api_answers"},
-    "api_jobs": {
-        *("protocol", "events", "records", "store", "dispatch"),
-        *("api_answers", "api_connection", "api_form", "api_access"),
-    },
-    "api_events": {"protocol", "events", "store", "api_answers", "api_connection", "api_jobs"},
-    "zip_members": set[str](),
-    "api_ranges": set[str](),
-    "api_files": {
-        *("protocol", "records", "store", "dispatch", "incoming", "zip_members", "zip_stream"),
-        *("api_answers", "api_connection", "api_jobs", "api_ranges"),
-    },
-    "api_access": {"access", "database", "store", "api_answers"},
-    "api_submit": {
-        *("protocol", "records", "store", "store_upload", "dispatch", "config"),
-        *("api_answers", "api_access", "api_form"),
-    },
-    "api_output": {"protocol", "events", "records", "store", "api_answers", "api_connection"},
-    "api": {
-        *("protocol", "store", "database", "dispatch", "config"),
-        *("api_answers", "api_guard", "api_access", "api_form", "api_submit"),
-        *(
-            "api_jobs",
-            "api_events",
-            "api_files",
-            "api_output",
-            "api_operations",
-            "api_log",
-            "instruments",
-        ),
-    },
-    "demo": {"api"},
-    "orchestrator": {
-        *("protocol", "channel", "store", "store_beside", "database", "dispatch", "config"),
-        *(
-            "access",
-            "api",
-            "api_connection",
-            "api_log",
-            "instruments",
-            "logs",
-            "demo",
-            "event_loop",
-        ),
-    },
-    "archive": set[str](),
-    "runner": {"protocol", "launcher", "archive"},
-    "inotify": set[str](),
-    "follower": {"protocol", "channel", "inotify", "runner"},
-    "agent": {
-        *("protocol", "channel", "runner", "launcher", "follower", "inotify"),
-        *("snapshots", "config", "logs", "event_loop"),
-    },
-    "snapshots": {"protocol", "runner"},
-    "zip_stream": set[str](),
-}
-"""The imports that docs/architecture.md allows."""
-
 
 @pytest.mark.parametrize(
     "command",
@@ -127,35 +23,80 @@ async def test_the_checkers_find_nothing(command: list[str]) -> None:
     assert code == 0, output.decode()
 
 
-def _imports(path: Path) -> set[str]:
+_RULE = re.compile(r"^\| `([\w/]+)` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
+
+
+def _modules() -> dict[str, Path]:
+    """Return all modules of the program by their names with slashes."""
+    paths = list(PROJECT.glob("*.py"))
+    for package in PROJECT.glob("*/__init__.py"):
+        if package.parent.name not in ("bench", "tests"):
+            paths += package.parent.rglob("*.py")
+    return {str(path.relative_to(PROJECT).with_suffix("")): path for path in paths}
+
+
+def _imported(path: Path) -> set[str]:
+    """Return what a module imports, ours and others', by names with slashes."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.replace(".", "/") for name in names}
+
+
+def _rules() -> dict[str, set[str]]:
+    """Return what each part may import, as docs/architecture.md says."""
+    text = (PROJECT / "docs" / "architecture.md").read_text()
+    return {part: set(re.findall(r"`([\w/]+)`", may)) for part, may in _RULE.findall(text)}
+
+
+def _covers(part: str, module: str) -> bool:
+    return module.startswith(part) if part.endswith("/") else module == part
 
 
 def test_imports_go_one_way() -> None:
-    modules = {path.stem: path for path in PROJECT.glob("*.py")}
-    assert set(modules) == set(MAY_IMPORT)
+    modules, rules = _modules(), _rules()
+    assert {part for part in rules if not any(_covers(part, module) for module in modules)} == set()
     for name, path in modules.items():
-        assert _imports(path) & set(modules) <= MAY_IMPORT[name], name
+        parts = [part for part in rules if _covers(part, name)]
+        assert parts, f"docs/architecture.md has no row for {name}"
+        own = max(parts, key=len)
+        for other in _imported(path) & set(modules):
+            if other.endswith("/__init__"):
+                continue
+            may = {own, *rules[own]}
+            assert any(_covers(part, other) for part in may), f"{name} imports {other}"
 
 
-def test_every_module_is_installed() -> None:
+def test_no_import_goes_in_a_circle() -> None:
+    modules = _modules()
+    waiting = {name: _imported(path) & set(modules) for name, path in modules.items()}
+    while free := {name for name, others in waiting.items() if not others & set(waiting)}:
+        waiting = {name: others for name, others in waiting.items() if name not in free}
+    assert waiting == {}
+
+
+def test_every_folder_of_the_program_is_installed() -> None:
     setup = configparser.ConfigParser()
     setup.read(PROJECT / "setup.cfg")
-    assert sorted(setup["options"]["py_modules"].split()) == sorted(MAY_IMPORT)
+    folders = {path.parent for path in _modules().values()} - {PROJECT}
+    ours = {".".join(folder.relative_to(PROJECT).parts) for folder in folders}
+    packages = {
+        name if name in ("orchestrator_client",) else f"orchestrator_app.{name}" for name in ours
+    }
+    assert set(setup["options"]["packages"].split()) == packages | {"orchestrator_app"}
 
 
-def test_sql_only_in_the_store_and_no_print_in_library_code() -> None:
-    for path in PROJECT.glob("*.py"):
+def test_sql_only_in_storage_and_no_print_in_library_code() -> None:
+    for name, path in _modules().items():
         text = path.read_text()
         assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
-        if not path.stem.startswith("store_") and path.stem not in ("store", "database"):
-            assert "sqlite" not in "".join(_imports(path)), path
+        if not name.startswith("storage/") and name != "store":
+            assert not any(
+                other.split("/")[0] in ("sqlite3", "aiosqlite") for other in _imported(path)
+            ), path
 
 
 def test_the_ci_runs_the_test_command_of_the_readme() -> None:

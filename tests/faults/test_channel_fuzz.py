@@ -15,9 +15,10 @@ from collections.abc import Callable
 import aiohttp
 import psutil
 
-import protocol
-from protocol import JobState
+from jobs import JobState
 from tests.harness import AgentProcess, Server, curl, eventually
+from wire import codec, messages
+from wire.frames import CHUNK_BYTES, encode_frame
 
 NewAgent = Callable[[str], AgentProcess]
 
@@ -48,13 +49,13 @@ class Stranger:
     def hello(self) -> str:
         name = f"fuzz{self.random.randrange(5)}"
         slots = self.random.randrange(4)
-        hello = protocol.Hello(1, name, str(self.random.random()), name, "0", slots, None, ())
+        hello = messages.Hello(1, name, str(self.random.random()), name, "0", slots, None, ())
         if self.random.random() < 0.5:
-            held = protocol.HeldAttempt(
+            held = messages.HeldAttempt(
                 self._small(), self._small(), self._phase(), self.random.choice((0, 1, 2**40))
             )
             hello = dataclasses.replace(hello, attempts=(held,) * self.random.randrange(3))
-        return protocol.encode(hello)
+        return codec.encode(hello)
 
     def frames(self) -> list[str | bytes]:
         return [self._frame() for _ in range(self.random.randrange(1, 12))]
@@ -68,12 +69,12 @@ class Stranger:
     def _small(self) -> int:
         return self.random.randrange(1, 30)
 
-    def _phase(self) -> protocol.AttemptPhase:
-        return self.random.choice(list(protocol.AttemptPhase))
+    def _phase(self) -> messages.AttemptPhase:
+        return self.random.choice(list(messages.AttemptPhase))
 
     def _message(self) -> str:
         """A well-formed message, mostly of the wrong time or about the wrong attempt."""
-        finished = protocol.Finished(
+        finished = messages.Finished(
             self._small(),
             self.random.choice(list(JobState)),
             self.random.choice((None, 0, 1)),
@@ -81,18 +82,18 @@ class Stranger:
             self.random.choice((-1, 0, 1, 2**20, 2**62)),
             "0" * 64,
         )
-        messages: list[protocol.Message] = [
+        made: list[messages.Message] = [
             finished,
-            protocol.Accepted(self._small()),
-            protocol.Started(self._small()),
-            protocol.Rejected(self._small(), "no"),
-            protocol.Lost(self._small(), "lost"),
-            protocol.Heartbeat(),
-            protocol.Drain(),
-            protocol.Stored(self._small()),
-            protocol.Acknowledge(self._small() << 3, self.random.choice(_INTEGERS[:8])),
+            messages.Accepted(self._small()),
+            messages.Started(self._small()),
+            messages.Rejected(self._small(), "no"),
+            messages.Lost(self._small(), "lost"),
+            messages.Heartbeat(),
+            messages.Drain(),
+            messages.Stored(self._small()),
+            messages.Acknowledge(self._small() << 3, self.random.choice(_INTEGERS[:8])),
         ]
-        return protocol.encode(self.random.choice(messages))
+        return codec.encode(self.random.choice(made))
 
     def _mutated(self) -> str:
         text = self._message()
@@ -105,9 +106,9 @@ class Stranger:
 
     def _binary(self) -> bytes:
         stream = self.random.randrange(8)
-        offset = self.random.choice((0, 1, protocol.CHUNK_BYTES, 2**63))
-        size = self.random.choice((0, 1, 100, protocol.CHUNK_BYTES, protocol.CHUNK_BYTES + 1))
-        return protocol.encode_frame(self._small() << 3 | stream, offset, bytes(size))
+        offset = self.random.choice((0, 1, CHUNK_BYTES, 2**63))
+        size = self.random.choice((0, 1, 100, CHUNK_BYTES, CHUNK_BYTES + 1))
+        return encode_frame(self._small() << 3 | stream, offset, bytes(size))
 
     def _noise(self) -> str | bytes:
         data = self.random.randbytes(self.random.choice((0, 1, 16, 17, 5000)))
@@ -168,7 +169,7 @@ async def test_a_giant_frame_is_refused_with_a_reason_and_costs_bounded_memory(
 ) -> None:
     process = psutil.Process(bare_server.pid)
     before = process.memory_info().rss
-    giant = "x" * (protocol.MAX_TEXT_BYTES + 1)
+    giant = "x" * (codec.MAX_TEXT_BYTES + 1)
     async with aiohttp.ClientSession() as session:
         for _ in range(3):
             async with session.ws_connect(f"{bare_server.url}/agent") as peer:
@@ -179,5 +180,5 @@ async def test_a_giant_frame_is_refused_with_a_reason_and_costs_bounded_memory(
                 while message.type is aiohttp.WSMsgType.TEXT:
                     message = await peer.receive(timeout=20)
                 assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
-    assert process.memory_info().rss - before < 3 * protocol.MAX_TEXT_BYTES
+    assert process.memory_info().rss - before < 3 * codec.MAX_TEXT_BYTES
     assert (await curl(f"{bare_server.url}/health")).status == 200

@@ -18,8 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-import database
-import schema
+from storage import database, schema
 from store import Store
 from tests.faults.sabotage import through
 from tests.harness import POLL_SECONDS, AgentProcess, Server, eventually, lines, running_server

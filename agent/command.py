@@ -1,0 +1,170 @@
+"""The command line of an agent, and its signals."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import config
+import runtime
+from agent.agent import Agent
+from agent.settings import AgentRefused, AgentSettings
+from config import ConfigError, LogFormat
+from runtime import first_failure
+from telemetry import logs
+
+log = logging.getLogger("orchestrator.agent")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of ``orchestrator agent``."""
+    parser = argparse.ArgumentParser(
+        prog="orchestrator agent",
+        description="Run jobs of an Orchestrator server on this machine.",
+        epilog=f"The token may also be given in {config.AGENT_TOKEN_VARIABLE}.",
+    )
+    parser.add_argument("--server", required=True, metavar="URL", help="http://host:5000")
+    parser.add_argument("--name", default=socket.gethostname(), help="default: the host's name")
+    parser.add_argument("--slots", type=int, default=os.cpu_count() or 1, help="jobs at a time")
+    parser.add_argument("--services", metavar="A,B", help="services it offers (default: all)")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where its jobs run")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the agent token")
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long SIGTERM lets running jobs finish; those left run on for the next start,"
+        " as they do at once after a second SIGTERM (default: 300)",
+    )
+    parser.add_argument(
+        "--log-format", choices=list(LogFormat), default=LogFormat.TEXT, help="default: text"
+    )
+    parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=config.VERSION)
+    return parser.parse_args(arguments)
+
+
+def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSettings:
+    name = config.checked_agent_name(options.name)
+    if not 1 <= options.slots <= 4096:
+        raise ConfigError("--slots must be from 1 to 4096")
+    server = options.server.rstrip("/")
+    if not server.startswith(("http://", "https://")):
+        raise ConfigError("--server must begin with http:// or https://")
+    services = None
+    if options.services is not None:
+        services = tuple(part.strip() for part in options.services.split(",") if part.strip())
+    return AgentSettings(
+        server=server,
+        name=name,
+        slots=options.slots,
+        services=services,
+        workdir=(options.workdir or default_workdir(name, server)).absolute(),
+        token=token,
+    )
+
+
+def default_workdir(name: str, server: str) -> Path:
+    """Return a directory that outlives a restart of the machine (XDG base directories).
+
+    One for each server: what an agent holds for one server, another does not know, and would
+    have it dropped.
+    """
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    place = re.sub(r"[^A-Za-z0-9.-]+", "_", urlsplit(server).netloc)
+    return Path(state) / "orchestrator" / f"{name}@{place}"
+
+
+def _read_token(options: argparse.Namespace) -> str | None:
+    if options.embedded:
+        return config.checked_token(sys.stdin.readline())
+    if options.token_file is not None:
+        try:
+            return config.checked_token(options.token_file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{options.token_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{options.token_file}: is not a text in UTF-8") from None
+    return None
+
+
+def _hide_token_variable(arguments: Sequence[str]) -> None:
+    """Start again without the token in the environment, which any job could read in /proc."""
+    token = os.environ.get(config.AGENT_TOKEN_VARIABLE)
+    if token is None:
+        return
+    receiving, sending = os.pipe()
+    os.write(sending, token.encode())
+    os.close(sending)
+    os.set_inheritable(receiving, True)
+    environment = dict(os.environ)
+    del environment[config.AGENT_TOKEN_VARIABLE]
+    own = runtime.program("agent", *arguments)
+    if not any(argument.startswith("--token-file") for argument in arguments):
+        own += ["--token-file", f"/dev/fd/{receiving}"]
+    os.execve(sys.executable, own, environment)
+
+
+async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if options.embedded:
+        loop.add_reader(sys.stdin.fileno(), stop.set)  # end of file: the server is gone
+    agent = Agent(settings)
+    serving = asyncio.create_task(agent.run(), name="agent")
+    await _first_of(serving, stop.wait())
+    if options.embedded:
+        loop.remove_reader(sys.stdin.fileno())
+    elif not serving.done():
+        stop.clear()
+        await _first_of(serving, stop.wait(), agent.drain(), seconds=options.drain_timeout)
+    serving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+    log.info("event=agent_stopped agent=%s", settings.name)
+
+
+async def _first_of(
+    task: asyncio.Task[None],
+    *others: Coroutine[None, None, object],
+    seconds: float | None = None,
+) -> None:
+    """Wait until the task or one of the others is over, or the time is; end the others."""
+    waits = [asyncio.ensure_future(other) for other in others]
+    try:
+        await asyncio.wait({task, *waits}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run an agent until it is told to stop; returns the exit status."""
+    options = parse_arguments(arguments)
+    _hide_token_variable(arguments)
+    logs.configure(LogFormat(options.log_format))
+    try:
+        settings = _settings_of(options, _read_token(options))
+        runtime.run(_serve(settings, options))
+    except* (ConfigError, AgentRefused) as group:
+        sys.stderr.write(f"orchestrator agent: {first_failure(group)}\n")
+        return_code = 2
+    except* KeyboardInterrupt:  # before it was ready to stop in order
+        sys.stderr.write("orchestrator agent: interrupted\n")
+        return_code = 128 + signal.SIGINT
+    else:
+        return_code = 0
+    return return_code

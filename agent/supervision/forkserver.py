@@ -1,0 +1,76 @@
+"""The warm process that forks the supervisors of an agent.
+
+To start Python costs more than the rest of a small job; to fork a process in which it has
+started costs a small part of that. ``launcher.py`` starts one for an agent, as ``python -E
+-s -S -m agent.supervision.forkserver SOCKET WORKDIR``, with the environment that jobs
+inherit, so that the agent's token is not in it. A request is one packet with a socket, at
+whose other end the agent gives the new supervisor its jobs.
+
+It ends when the agent's end of its own socket is closed, however that came about.
+Supervisors are in sessions of their own and do not need it. It ignores SIGCHLD, so the
+kernel reaps those that end before it; init reaps those that outlive it.
+"""
+
+import gc
+import os
+import signal
+import socket
+import struct
+import sys
+
+from agent.supervision import supervisor
+
+_REQUEST_BYTES = 16
+
+
+def main(arguments: list[str]) -> int:
+    """Fork supervisors on request until the agent is gone; returns the exit status."""
+    descriptor, workdir = arguments
+    os.chdir(workdir)
+    requests = socket.socket(fileno=int(descriptor))
+    signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.WATCHED)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # what is loaded stays for ever; a collection would only unshare its pages
+    gc.disable()
+    gc.freeze()
+    while True:
+        # not socket.recv_fds(), which in Python 3.11 passes over its flags
+        request, ancillary, _, _ = requests.recvmsg(
+            _REQUEST_BYTES, socket.CMSG_LEN(struct.calcsize("i")), socket.MSG_CMSG_CLOEXEC
+        )
+        if not request:
+            return 0
+        (agent,) = struct.unpack("i", ancillary[0][2])
+        if _fork() == 0:
+            requests.close()
+            _supervise(agent)
+        # without a supervisor that holds it, too, the agent reads its end and asks again
+        os.close(agent)
+
+
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        # the agent's log; logging itself would make every supervisor larger
+        name = "level=ERROR logger=orchestrator.forkserver"
+        sys.stderr.write(f"{name} event=fork_failed error={str(error)!r}\n")
+        return -1
+
+
+def _supervise(agent: int) -> None:
+    """Be a supervisor; does not return."""
+    status = 1
+    try:
+        os.setsid()
+        # the agent's error output is a pipe, perhaps, and whoever reads it waits for its end
+        os.dup2(1, 2)
+        gc.enable()
+        supervisor.serve(agent)
+        status = 0
+    finally:
+        os._exit(status)  # an interpreter that tidies up first costs more than the fork
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Submitting jobs: uploads, how many of them may be open, and running a job again."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from api import form as api_form
+from api.answers import (
+    BadRequest,
+    TooManyUploads,
+    UnknownJob,
+    UploadTooLarge,
+    job_answer,
+    job_id_of,
+)
+from api.tokens import check_user, user_restriction
+from config import MAX_UPLOAD_BYTES, SettingsInForce
+from dispatch import Dispatcher
+from jobs import JobState
+from records import JobRequest, JobStatus, Line, Submission
+from storage.uploads import Upload
+from store import Store
+
+log = logging.getLogger("orchestrator.api")
+
+
+class OpenUploads:
+    """Counts the uploads that arrive, of each user and of all: each holds memory and disk."""
+
+    def __init__(self, settings: SettingsInForce) -> None:
+        self._settings = settings
+        self._of_all = 0
+        self._of_users: Counter[int] = Counter()
+
+    @contextmanager
+    def one_more(self) -> Iterator[Callable[[int], None]]:
+        """Count an upload until the end of the block; raises :class:`TooManyUploads`.
+
+        Call what it gives with the upload's user, once that is known; it raises likewise.
+        """
+        if self._of_all >= self._settings.current.max_open_uploads_total:
+            raise TooManyUploads(f"{self._of_all} uploads are arriving, which is the limit", 503)
+        users: list[int] = []
+
+        def count_for(user_id: int) -> None:
+            count = self._of_users[user_id]
+            if count >= self._settings.current.max_open_uploads:
+                raise TooManyUploads(
+                    f"{count} uploads of user {user_id} are arriving, which is the limit", 429
+                )
+            self._of_users[user_id] += 1
+            users.append(user_id)
+
+        self._of_all += 1
+        try:
+            yield count_for
+        finally:
+            self._of_all -= 1
+            self._of_users -= Counter(users)  # drops what comes to zero
+
+
+class SubmitHandlers:
+    """The handlers that make jobs."""
+
+    def __init__(self, store: Store, dispatcher: Dispatcher, settings: SettingsInForce) -> None:
+        self._store = store
+        self._dispatcher = dispatcher
+        self._settings = settings
+        self._open_uploads = OpenUploads(settings)
+
+    async def upload(self, request: web.Request) -> web.StreamResponse:
+        """POST /upload."""
+        if (request.content_length or 0) > MAX_UPLOAD_BYTES:
+            raise UploadTooLarge
+        if not request.content_type.startswith("multipart/form-data"):
+            raise BadRequest("Content-Type: must be multipart/form-data")
+        message = "Job successfully uploaded"
+        upload = self._store.new_upload()
+        try:
+            job = await self._receive(request, upload)
+            if upload.is_little():
+                self._dispatcher.expect(Line(job.service, job.user_id))
+            submission = await upload.commit(job, message, self._settings.current.max_queued_jobs)
+        finally:
+            if upload.has_loose_ends():
+                await asyncio.shield(upload.abandon())
+        return self._answer(submission, message)
+
+    async def _receive(self, request: web.Request, upload: Upload) -> JobRequest:
+        bound_user = user_restriction(request)
+        with self._open_uploads.one_more() as count_for:
+            if bound_user is not None:
+                count_for(bound_user)
+
+            def admit(user_id: int) -> None:
+                check_user(request, user_id)
+                if bound_user is None:
+                    count_for(user_id)
+
+            return await api_form.read_form(request, upload, self._settings.current, admit)
+
+    async def rerun(self, request: web.Request) -> web.StreamResponse:
+        """POST /jobs/{id}/rerun."""
+        source_id = job_id_of(request)
+        job = await self._store.job_request(source_id)
+        if job is None:
+            raise UnknownJob
+        api_form.checked_service(job.service, self._settings.current.services)
+        job = dataclasses.replace(job, idempotency_key=api_form.idempotency_key(request))
+        message = f"Job {source_id} successfully submitted again"
+        limit = self._settings.current.max_queued_jobs
+        self._dispatcher.expect(Line(job.service, job.user_id))
+        submission = await self._store.rerun(source_id, job, message, limit)
+        return self._answer(submission, message)
+
+    def _answer(self, submission: Submission, message: str) -> web.Response:
+        job = submission.job
+        if submission.is_repeated:
+            log.info("event=upload_repeated job=%d user=%d", job.id, job.user_id)
+        else:
+            log.info("event=uploaded job=%d user=%d service=%s", job.id, job.user_id, job.service)
+        return job_answer(JobStatus(job.id, JobState.QUEUED, message), status=201)

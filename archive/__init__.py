@@ -1,0 +1,1 @@
+"""ZIP files: written, read in parts, streamed."""

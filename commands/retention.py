@@ -1,0 +1,43 @@
+"""Retention's clock: when ended jobs lose their files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from config import SettingsInForce
+from storage.database import StoreFull, StoreUnavailable
+from store import Store
+
+log = logging.getLogger("orchestrator")
+
+_LONGEST_PAUSE_SECONDS = 3600.0  # so that a clock that was set is noticed
+_RETRY_SECONDS = 60.0
+
+
+async def keep_retention(store: Store, settings: SettingsInForce) -> None:
+    """Clean jobs whose final state is older than the maximum age, when they reach it."""
+    is_changed = asyncio.Event()
+    settings.on_change(is_changed.set)
+    while True:
+        is_changed.clear()
+        try:
+            pause = await _clean_once(store, settings.current.max_age)
+        except (StoreFull, StoreUnavailable) as error:
+            log.warning("event=retention_failed error=%r", str(error))
+            pause = _RETRY_SECONDS
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(is_changed.wait(), pause)
+
+
+async def _clean_once(store: Store, max_age: int) -> float:
+    while cleaned := await store.clean_jobs_final_since(time.time() - max_age):
+        log.info("event=cleaned jobs=%d", cleaned)
+    while await store.forget_old_keys():
+        pass
+    oldest = await store.oldest_final_change()
+    # a job that becomes final only now reaches the age no sooner than max_age from now
+    due = max_age if oldest is None else oldest + max_age - time.time()
+    return min(max(due, 0.0) + 0.01, max_age, _LONGEST_PAUSE_SECONDS)

@@ -1,0 +1,1 @@
+"""Behind store.py: the SQLite file. SQL stands here and nowhere else."""

@@ -1,0 +1,258 @@
+"""Statements that answer questions about jobs: lists, details, attempts, places in line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from events import Transition
+from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState
+from records import (
+    ActiveJob,
+    AttemptRecord,
+    JobDetails,
+    JobFilter,
+    JobPage,
+    JobSummary,
+    QueuedJob,
+    StoredResult,
+)
+from storage.database import Database
+
+
+def active_job_of(row: Sequence[Any]) -> ActiveJob:
+    """Make the record of a row of the statement on active jobs."""
+    return ActiveJob(QueuedJob(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
+
+
+QUEUE_POSITION = """
+    SELECT 1 + (SELECT count(*) FROM (
+        SELECT 1 FROM job AS other WHERE other.state = 'Queued'
+            AND other.service = job.service AND other.user_id = job.user_id
+            AND other.priority > job.priority
+        UNION ALL
+        SELECT 1 FROM job AS other WHERE other.state = 'Queued'
+            AND other.service = job.service AND other.user_id = job.user_id
+            AND other.priority = job.priority AND other.id < job.id
+        LIMIT :limit - 1))
+    FROM job WHERE id = :job AND state = 'Queued'"""
+
+
+LARGEST_ID = 2**63 - 1
+_EXAMINE_JOBS = 10_000
+_EXAMINE_AT_ONCE = 1000
+_FLOOR_OF_TIME = """SELECT min(id) FROM (
+    SELECT id FROM job INDEXED BY job_created WHERE created_at >= ?
+    ORDER BY created_at LIMIT 1000)"""
+"""The first job since then. More than one are looked at since clocks are set back at times."""
+
+
+_ANY_JOBS = """SELECT id FROM job WHERE id < :before AND id >= :floor
+    ORDER BY id DESC LIMIT :step"""
+
+
+_JOBS_OF_USER = """SELECT id FROM job INDEXED BY job_user
+    WHERE user_id = :user_id AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :step"""
+
+
+_JOBS_OF_SERVICE = """SELECT id FROM job INDEXED BY job_service
+    WHERE service = :service AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :step"""
+
+
+_TAGGED_JOBS = """SELECT job_id FROM tag INDEXED BY tag_search
+    WHERE key = :tag_key AND value = :tag_value AND job_id < :before AND job_id >= :floor
+    ORDER BY job_id DESC LIMIT :step"""
+
+
+_WAITING_JOBS = """SELECT id FROM job INDEXED BY job_waiting
+    WHERE state = 'Queued' AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :step"""
+
+
+_ACTIVE_JOBS = """SELECT id FROM job INDEXED BY job_active
+    WHERE state IN ('Processing', 'Submitted', 'Running') AND id < :before AND id >= :floor
+    ORDER BY id DESC LIMIT :step"""
+
+
+_UNSUCCESSFUL_JOBS = """SELECT id FROM job INDEXED BY job_unsuccessful
+    WHERE state IN ('Failed', 'Invalid', 'Killed') AND id < :before AND id >= :floor
+    ORDER BY id DESC LIMIT :step"""
+
+
+_MATCHING_JOBS = """
+    SELECT job.id, job.state, job.message, job.user_id, job.service, job.name, job.priority,
+        job.timeout, job.created_at, job.changed_at, job.started_at, job.finished_at,
+        job.attempt_id, agent.name
+    FROM json_each(:ids) AS candidate CROSS JOIN job ON job.id = candidate.value
+        LEFT JOIN attempt ON attempt.id = job.attempt_id
+        LEFT JOIN agent ON agent.id = attempt.agent_id
+    WHERE (:user_id IS NULL OR job.user_id = :user_id)
+        AND (:service IS NULL OR job.service = :service)
+        AND (:states IS NULL OR job.state IN (SELECT value FROM json_each(:states)))
+        AND (:since IS NULL OR job.created_at >= :since)
+        AND (:text IS NULL OR instr(lower(job.message), lower(:text)))
+        AND (:agent IS NULL OR EXISTS (
+            SELECT 1 FROM attempt AS tried JOIN agent AS trier ON trier.id = tried.agent_id
+            WHERE tried.job_id = job.id AND trier.name = :agent))
+        AND (:tags IS NULL OR NOT EXISTS (
+            SELECT 1 FROM json_each(:tags) AS asked WHERE NOT EXISTS (
+                SELECT 1 FROM tag WHERE tag.job_id = job.id
+                    AND tag.key = json_extract(asked.value, '$[0]')
+                    AND tag.value = json_extract(asked.value, '$[1]'))))
+    ORDER BY job.id DESC LIMIT :limit"""
+
+
+def find_jobs(db: Database, wanted: JobFilter, before: int, limit: int) -> JobPage:
+    """Go through candidates of the most selective index, newest first, and pick what matches."""
+    candidates = _candidates_for(wanted)
+    parameters = _parameters_of(wanted)
+    floor = 0
+    if wanted.since is not None:
+        oldest = db.execute(_FLOOR_OF_TIME, (wanted.since,)).fetchone()[0]
+        floor = LARGEST_ID if oldest is None else oldest
+    found: list[Sequence[Any]] = []
+    examined, step, has_more = 0, limit + 1, True
+    while has_more and len(found) <= limit and examined < _EXAMINE_JOBS:
+        place = {"before": before, "floor": floor, "step": step}
+        ids = [row[0] for row in db.execute(candidates, {**parameters, **place})]
+        here = {"ids": json.dumps(ids), "limit": limit + 1 - len(found)}
+        found += db.execute(_MATCHING_JOBS, {**parameters, **here})
+        examined += len(ids)
+        has_more = len(ids) == step
+        before = ids[-1] if ids else before
+        step = _EXAMINE_AT_ONCE
+    if len(found) > limit:
+        found = found[:limit]
+        before, has_more = found[-1][0], True
+    return JobPage(tuple(_summaries_of(db, found)), before if has_more else None)
+
+
+def _candidates_for(wanted: JobFilter) -> str:
+    if wanted.states and wanted.states <= frozenset(ACTIVE_STATES):
+        return _ACTIVE_JOBS
+    if wanted.tags:
+        return _TAGGED_JOBS
+    if wanted.user_id is not None:
+        return _JOBS_OF_USER
+    if wanted.states and wanted.states <= {JobState.FAILED, JobState.INVALID, JobState.KILLED}:
+        return _UNSUCCESSFUL_JOBS
+    if wanted.service is not None:
+        return _JOBS_OF_SERVICE
+    if wanted.states == {JobState.QUEUED}:
+        return _WAITING_JOBS
+    return _ANY_JOBS
+
+
+def _parameters_of(wanted: JobFilter) -> dict[str, Any]:
+    tag = wanted.tags[0] if wanted.tags else (None, None)
+    return {
+        "user_id": wanted.user_id,
+        "service": wanted.service,
+        "states": json.dumps(sorted(wanted.states)) if wanted.states else None,
+        "agent": wanted.agent,
+        "since": wanted.since,
+        "text": wanted.text,
+        "tags": json.dumps(wanted.tags) if wanted.tags else None,
+        "tag_key": tag[0],
+        "tag_value": tag[1],
+    }
+
+
+def _summaries_of(db: Database, rows: Sequence[Sequence[Any]]) -> list[JobSummary]:
+    tags: dict[int, list[tuple[str, str]]] = {}
+    found = db.execute(
+        "SELECT tag.job_id, tag.key, tag.value"
+        " FROM json_each(?) AS asked JOIN tag ON tag.job_id = asked.value"
+        " ORDER BY tag.job_id, tag.key",
+        (json.dumps([row[0] for row in rows]),),
+    )
+    for job_id, key, value in found:
+        tags.setdefault(job_id, []).append((key, value))
+    return [
+        JobSummary(*(row[0], JobState(row[1]), *row[2:], tuple(tags.get(row[0], ()))))
+        for row in rows
+    ]
+
+
+def job_details(db: Database, job_id: int) -> JobDetails | None:
+    """Return all about one job, None if there is none."""
+    parameters = _parameters_of(JobFilter())
+    rows = db.execute(_MATCHING_JOBS, {**parameters, "ids": f"[{job_id}]", "limit": 1}).fetchall()
+    if not rows:
+        return None
+    files = db.execute(
+        "SELECT name, size, sha256 FROM input_file WHERE job_id = ? ORDER BY position", (job_id,)
+    )
+    result = db.execute(
+        "SELECT blob.id, blob.size, blob.sha256 FROM job"
+        " JOIN attempt ON attempt.id = job.attempt_id JOIN blob ON blob.id = attempt.result_blob"
+        " WHERE job.id = ? AND blob.state = 'sealed'",
+        (job_id,),
+    ).fetchone()
+    return JobDetails(
+        _summaries_of(db, rows)[0],
+        _attempts_of(db, job_id),
+        tuple(FileSpec(*row) for row in files),
+        None if result is None else StoredResult(*result),
+    )
+
+
+def _attempts_of(db: Database, job_id: int) -> tuple[AttemptRecord, ...]:
+    history = [transition_of(row) for row in db.execute(HISTORY, (job_id,))]
+    attempts = db.execute(
+        "SELECT attempt.id, number, agent.name, exit_code"
+        " FROM attempt JOIN agent ON agent.id = attempt.agent_id WHERE job_id = ? ORDER BY number",
+        (job_id,),
+    )
+    return tuple(
+        _attempt_record(row, [line for line in history if line.attempt == row[1]])
+        for row in attempts
+    )
+
+
+def _attempt_record(row: Sequence[Any], history: Sequence[Transition]) -> AttemptRecord:
+    """Tell an attempt from its lines of the history, of which those after its end may be many."""
+    reached = {line.after: line.at for line in history}
+    end = next((line for line in history if line.after not in ACTIVE_STATES), None)
+    attempt_id, number, agent, exit_code = row
+    return AttemptRecord(
+        id=attempt_id,
+        number=number,
+        agent=agent,
+        exit_code=exit_code,
+        assigned_at=reached.get(JobState.PROCESSING),
+        started_at=reached.get(JobState.RUNNING),
+        ended_at=None if end is None else end.at,
+        outcome=None if end is None else end.after,
+        message="" if end is None else end.reason,
+    )
+
+
+HISTORY = """
+    SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason
+    FROM history JOIN job ON job.id = history.job_id
+    WHERE job_id = ? ORDER BY history.id"""
+
+
+def transition_of(row: Sequence[Any]) -> Transition:
+    """Make the record of a line of the history."""
+    row_id, job_id, user_id, service, attempt, at, before, after, reason = row
+    return Transition(
+        row_id,
+        job_id,
+        user_id,
+        service,
+        attempt,
+        at,
+        None if before is None else JobState(before),
+        JobState(after),
+        reason,
+    )
+
+
+assert {
+    JobState.COMPLETED,
+    JobState.FAILED,
+    JobState.INVALID,
+    JobState.KILLED,
+} == FINAL_STATES, "the SQL above names the final states"

@@ -1,0 +1,211 @@
+"""The tables: every version of the schema, and the way from any to the newest."""
+
+from __future__ import annotations
+
+import logging
+
+from storage.database import Database, StoreRefused
+
+log = logging.getLogger("orchestrator.store")
+
+APPLICATION_ID = 0x4F524348  # "ORCH", so that another program's file is not taken for ours
+_PAGE_BYTES = 8192
+
+
+# Statements, not a script: sqlite3's executescript() commits before it runs, and a
+# migration must be one transaction.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE setting (
+            name TEXT PRIMARY KEY,
+            value TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE blob (
+            id INTEGER PRIMARY KEY,
+            state TEXT NOT NULL CHECK (state IN ('open', 'sealed', 'doomed')),
+            size INTEGER NOT NULL,
+            sha256 TEXT
+        )""",
+        "CREATE INDEX blob_unsealed ON blob (state, id) WHERE state IN ('open', 'doomed')",
+        # id = blob id * 2**20 + index: one b-tree, in the order in which it is read
+        "CREATE TABLE chunk (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+        """CREATE TABLE agent (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            seen_at REAL NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE job (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            user_id INTEGER NOT NULL,
+            service TEXT NOT NULL,
+            state TEXT NOT NULL,
+            message TEXT NOT NULL,
+            priority INTEGER NOT NULL DEFAULT 0,
+            attempt_id INTEGER REFERENCES attempt (id),
+            attempts INTEGER NOT NULL DEFAULT 0,
+            lost_starts INTEGER NOT NULL DEFAULT 0,
+            created_at REAL NOT NULL,
+            changed_at REAL NOT NULL
+        )""",
+        "CREATE INDEX job_queued ON job (id) WHERE state = 'Queued'",
+        """CREATE INDEX job_active ON job (id)
+            WHERE state IN ('Processing', 'Submitted', 'Running')""",
+        """CREATE INDEX job_final ON job (changed_at)
+            WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')""",
+        """CREATE TABLE input_file (
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            position INTEGER NOT NULL,
+            name TEXT NOT NULL,
+            size INTEGER NOT NULL,
+            sha256 TEXT NOT NULL,
+            blob_id INTEGER REFERENCES blob (id),
+            PRIMARY KEY (job_id, position),
+            UNIQUE (job_id, name)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX input_file_blob ON input_file (blob_id)",
+        """CREATE TABLE attempt (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            number INTEGER NOT NULL,
+            agent_id TEXT NOT NULL REFERENCES agent (id),
+            exit_code INTEGER,
+            result_blob INTEGER REFERENCES blob (id),
+            UNIQUE (job_id, number)
+        )""",
+        "CREATE INDEX attempt_result ON attempt (result_blob) WHERE result_blob IS NOT NULL",
+        """CREATE TABLE history (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            attempt INTEGER NOT NULL,
+            at REAL NOT NULL,
+            from_state TEXT,
+            to_state TEXT NOT NULL,
+            reason TEXT NOT NULL
+        )""",
+        "CREATE INDEX history_job ON history (job_id, id)",
+        """CREATE TRIGGER history_is_not_changed BEFORE UPDATE ON history
+            BEGIN SELECT raise(ABORT, 'history is append-only'); END""",
+        """CREATE TRIGGER history_is_not_deleted BEFORE DELETE ON history
+            BEGIN SELECT raise(ABORT, 'history is append-only'); END""",
+    ),
+    (
+        "ALTER TABLE job ADD COLUMN name TEXT NOT NULL DEFAULT ''",
+        # seconds that the submitter asked for; NULL: the service's limit alone
+        "ALTER TABLE job ADD COLUMN timeout INTEGER",
+        "ALTER TABLE job ADD COLUMN started_at REAL",
+        "ALTER TABLE job ADD COLUMN finished_at REAL",
+        """UPDATE job SET
+            started_at = (SELECT max(at) FROM history
+                          WHERE job_id = job.id AND to_state = 'Running'),
+            finished_at = (SELECT max(at) FROM history WHERE job_id = job.id
+                           AND to_state IN ('Completed', 'Failed', 'Invalid', 'Killed'))
+            WHERE state NOT IN ('Queued', 'Processing', 'Submitted')""",
+        # each line (service, user) in the order in which it is served
+        "DROP INDEX job_queued",
+        """CREATE INDEX job_queued ON job (service, user_id, priority DESC, id)
+            WHERE state = 'Queued'""",
+        # a partial index serves a query only if the query repeats its condition word for word
+        # (sqlite.org/partialindex.html), so one for both states served neither
+        "DROP INDEX blob_unsealed",
+        "CREATE INDEX blob_open ON blob (id) WHERE state = 'open'",
+        "CREATE INDEX blob_doomed ON blob (id) WHERE state = 'doomed'",
+        "CREATE INDEX job_user ON job (user_id, id)",
+        "CREATE INDEX job_service ON job (service, id)",
+        "CREATE INDEX job_created ON job (created_at)",
+        "CREATE INDEX job_waiting ON job (id) WHERE state = 'Queued'",
+        """CREATE INDEX job_unsuccessful ON job (id)
+            WHERE state IN ('Failed', 'Invalid', 'Killed')""",
+        """CREATE TABLE tag (
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            key TEXT NOT NULL,
+            value TEXT NOT NULL,
+            PRIMARY KEY (job_id, key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX tag_search ON tag (key, value, job_id)",
+        # what a client called its request, so that the same one again makes no second job
+        """CREATE TABLE idempotency (
+            user_id INTEGER NOT NULL,
+            key TEXT NOT NULL,
+            content_sha256 TEXT NOT NULL,
+            job_id INTEGER NOT NULL REFERENCES job (id),
+            created_at REAL NOT NULL,
+            PRIMARY KEY (user_id, key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX idempotency_age ON idempotency (created_at)",
+        # how many jobs of each user wait: asked at every upload, too many to be counted then
+        """CREATE TABLE queue_length (
+            user_id INTEGER PRIMARY KEY,
+            jobs INTEGER NOT NULL
+        )""",
+        """INSERT INTO queue_length (user_id, jobs)
+            SELECT user_id, count(*) FROM job WHERE state = 'Queued' GROUP BY user_id""",
+        """CREATE TRIGGER queue_gains_a_new_job AFTER INSERT ON job WHEN NEW.state = 'Queued'
+            BEGIN INSERT INTO queue_length (user_id, jobs) VALUES (NEW.user_id, 1)
+                ON CONFLICT (user_id) DO UPDATE SET jobs = jobs + 1; END""",
+        """CREATE TRIGGER queue_gains_a_job_again AFTER UPDATE OF state ON job
+            WHEN NEW.state = 'Queued' AND OLD.state <> 'Queued'
+            BEGIN INSERT INTO queue_length (user_id, jobs) VALUES (NEW.user_id, 1)
+                ON CONFLICT (user_id) DO UPDATE SET jobs = jobs + 1; END""",
+        """CREATE TRIGGER queue_loses_a_job AFTER UPDATE OF state ON job
+            WHEN OLD.state = 'Queued' AND NEW.state <> 'Queued'
+            BEGIN UPDATE queue_length SET jobs = jobs - 1 WHERE user_id = NEW.user_id; END""",
+        # live output; start: where the piece stands in what the process wrote (gaps are allowed)
+        """CREATE TABLE output (
+            attempt_id INTEGER NOT NULL REFERENCES attempt (id),
+            stream INTEGER NOT NULL,
+            start INTEGER NOT NULL,
+            data BLOB NOT NULL,
+            PRIMARY KEY (attempt_id, stream, start)
+        )""",
+        # its output waits to be erased
+        "ALTER TABLE attempt ADD COLUMN is_output_doomed INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX attempt_output_doomed ON attempt (id) WHERE is_output_doomed = 1",
+        "ALTER TABLE agent ADD COLUMN is_drained INTEGER NOT NULL DEFAULT 0",
+        """CREATE TABLE agent_history (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            agent_id TEXT NOT NULL REFERENCES agent (id),
+            name TEXT NOT NULL,
+            at REAL NOT NULL,
+            kind TEXT NOT NULL
+        )""",
+        """CREATE TABLE token (
+            name TEXT PRIMARY KEY,
+            sha256 TEXT NOT NULL UNIQUE,
+            user_id INTEGER,
+            role TEXT NOT NULL,
+            created_at REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
+)
+
+
+def migrate(db: Database) -> None:
+    """Bring the file to the newest version, in one transaction. Raises :class:`StoreRefused`."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    is_new = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+    if not is_new and application != APPLICATION_ID:
+        raise StoreRefused("the file is a database of another program")
+    if version > len(MIGRATIONS):
+        raise StoreRefused(
+            f"the file has version {version}, written by a newer Orchestrator;"
+            f" this one knows up to {len(MIGRATIONS)}: upgrade it, or use another file"
+        )
+    if is_new:
+        # both take effect only before the first page is written
+        db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("BEGIN EXCLUSIVE")
+    try:
+        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+            for statement in statements:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {number}")
+            log.info("event=migrated version=%d", number)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise

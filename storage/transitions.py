@@ -1,0 +1,143 @@
+"""Statements that change jobs and agents: each transition with its line of history."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from events import AgentChange, AgentChangeKind, Transition
+from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, JobState
+from records import IllegalTransition, JobRow, Line, Superseded
+from storage.blobs import has_result
+from storage.database import Database
+
+
+def transition(
+    db: Database, job: JobRow, after: JobState, reason: str, message: str | None = None
+) -> None:
+    """Change a job's state and write its history.
+
+    ``message`` is what a user is told of the job from now on; None leaves it as it is. No
+    other statement changes either, so whoever follows the feed knows both.
+    """
+    if after not in TRANSITIONS[job.state]:
+        raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
+    now = time.time()
+    # fetched to its end: only then is the statement done
+    ((created_at, started_at, message),) = db.execute(
+        _SET_STATE[after], (after, now, job.id, message)
+    ).fetchall()
+    line = write_history(db, job, now, job.state, after, reason)
+    db.announce(
+        dataclasses.replace(line, created_at=created_at, started_at=started_at, message=message)
+    )
+
+
+_SET_STATE: Mapping[JobState, str] = {
+    **dict.fromkeys(
+        JobState,
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message)"
+        " WHERE id = ?3 RETURNING created_at, started_at, message",
+    ),
+    JobState.RUNNING: (
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
+        " started_at = ?2 WHERE id = ?3 RETURNING created_at, started_at, message"
+    ),
+    JobState.QUEUED: (
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
+        " started_at = NULL WHERE id = ?3 RETURNING created_at, started_at, message"
+    ),
+    **dict.fromkeys(
+        FINAL_STATES,
+        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
+        " finished_at = ?2 WHERE id = ?3 RETURNING created_at, started_at, message",
+    ),
+}
+"""How each state is entered; the times of a job are those of its last attempt."""
+
+
+def write_history(
+    db: Database, job: JobRow, at: float, before: JobState | None, after: JobState, reason: str
+) -> Transition:
+    """Write one line of a job's history and return it."""
+    row_id = db.execute(
+        "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (job.id, job.attempts, at, before, after, reason),
+    ).lastrowid
+    return Transition(
+        cast(int, row_id),
+        job.id,
+        job.user_id,
+        job.service,
+        job.attempts,
+        at,
+        before,
+        after,
+        reason,
+    )
+
+
+def write_agent_change(db: Database, agent_id: str, name: str, kind: AgentChangeKind) -> None:
+    """Write one line of the agents' history, to be published with the commit."""
+    at = time.time()
+    row_id = db.execute(
+        "INSERT INTO agent_history (agent_id, name, at, kind) VALUES (?, ?, ?, ?)",
+        (agent_id, name, at, kind),
+    ).lastrowid
+    db.announce(AgentChange(cast(int, row_id), agent_id, name, at, kind))
+
+
+def job_of_attempt(db: Database, attempt_id: int) -> JobRow:
+    """Return the job whose current attempt this is; raises :class:`Superseded`."""
+    row = db.execute(
+        "SELECT id, user_id, service, state, attempts, lost_starts FROM job"
+        " WHERE id = (SELECT job_id FROM attempt WHERE id = ?) AND attempt_id = ?",
+        (attempt_id, attempt_id),
+    ).fetchone()
+    if row is None:
+        raise Superseded(f"attempt {attempt_id} was superseded")
+    return job_of(row)
+
+
+def first_of_line(db: Database, line: Line) -> JobRow | None:
+    """Return the job that is next in a line, None if the line is empty."""
+    row = db.execute(
+        "SELECT id, user_id, service, state, attempts, lost_starts FROM job"
+        " WHERE state = 'Queued' AND service = ? AND user_id = ?"
+        " ORDER BY priority DESC, id LIMIT 1",
+        (line.service, line.user_id),
+    ).fetchone()
+    return None if row is None else job_of(row)
+
+
+def job_with_id(db: Database, job_id: int) -> JobRow:
+    """Return a job that is known to be there."""
+    row = db.execute(
+        "SELECT id, user_id, service, state, attempts, lost_starts FROM job WHERE id = ?",
+        (job_id,),
+    ).fetchone()
+    return job_of(row)
+
+
+def job_of(row: Sequence[Any]) -> JobRow:
+    """Make the record of a row of id, user, service, state, attempts and lost starts."""
+    return JobRow(row[0], row[1], row[2], JobState(row[3]), row[4], row[5])
+
+
+def active_job_of_attempt(db: Database, attempt_id: int) -> JobRow:
+    """Return the job if this attempt holds it; raises :class:`Superseded`."""
+    job = job_of_attempt(db, attempt_id)
+    if job.state not in ACTIVE_STATES:
+        raise Superseded(f"attempt {attempt_id}: its job is {job.state} already")
+    return job
+
+
+def receiving_job_of_attempt(db: Database, attempt_id: int) -> JobRow:
+    """Return the job if this attempt may deliver: it is active, or killed without a result yet."""
+    job = job_of_attempt(db, attempt_id)
+    if job.state is JobState.KILLED and not has_result(db, attempt_id):
+        return job
+    return active_job_of_attempt(db, attempt_id)

@@ -1,0 +1,314 @@
+"""Statements that make jobs: uploads, repeated requests, jobs that run again."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+from jobs import FileSpec, JobState
+from records import (
+    InputGone,
+    JobRequest,
+    JobRow,
+    KeyReused,
+    QueuedJob,
+    QueueFull,
+    StoredFile,
+    Submission,
+)
+from storage.blobs import goes_with_short, insert_chunks, open_blob
+from storage.database import Database, StoreError
+from storage.transitions import write_history
+from telemetry import metrics
+from wire.frames import CHUNK_BYTES
+
+log = logging.getLogger("orchestrator.store")
+
+T = TypeVar("T")
+
+_FLUSH_BYTES = 2 * 1024 * 1024
+KEY_SECONDS = 24 * 3600.0
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    name: str
+    blob_id: int
+    size: int
+    chunks: int
+    buffer: bytearray
+    digest: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingChunk:
+    blob_id: int
+    index: int
+    data: memoryview
+
+
+class BlobStore(Protocol):
+    """What an upload needs of the store that it goes into."""
+
+    uploaded_bytes: metrics.Counter
+
+    def next_blob_id(self) -> int:
+        """Return an id that no blob has."""
+
+    def erase_later(self, blob_ids: set[int]) -> None:
+        """Have blobs erased that no job will ever refer to."""
+
+    async def write_bytes(self, operation: Callable[[Database], T], size: int) -> T:
+        """Write ``size`` bytes; see the store."""
+
+
+class Upload:
+    """The files of a job while they arrive. End it with :meth:`commit` or :meth:`abandon`.
+
+    Holds at most about 4 MiB in memory: one flush is written while the next is gathered.
+    A small upload never touches the disk before its commit.
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+        self._file: _OpenFile | None = None
+        self._files: list[StoredFile] = []
+        self._pending: list[_PendingChunk] = []
+        self._pending_bytes = 0
+        self._flushing: asyncio.Future[None] | None = None
+        self._flushed: set[int] = set()
+
+    def start_file(self, name: str) -> None:
+        """Begin the next file; the one before must have been finished."""
+        assert self._file is None
+        blob_id = self._store.next_blob_id()
+        self._file = _OpenFile(name, blob_id, 0, 0, bytearray(), hashlib.sha256())
+
+    async def write(self, data: bytes) -> None:
+        """Add bytes to the file; waits while too much is on its way to the disk."""
+        file = self._file
+        assert file is not None
+        file.digest.update(data)
+        file.size += len(data)
+        file.buffer += data
+        if self._pending_bytes + len(file.buffer) >= _FLUSH_BYTES:
+            self._cut(file, len(file.buffer) // CHUNK_BYTES * CHUNK_BYTES)
+            await self._flush()
+
+    async def finish_file(self) -> None:
+        """End the file."""
+        file = self._file
+        assert file is not None
+        self._cut(file, len(file.buffer))
+        spec = FileSpec(file.name, file.size, file.digest.hexdigest())
+        self._files.append(StoredFile(spec, file.blob_id))
+        self._file = None
+        if self._pending_bytes >= _FLUSH_BYTES:
+            await self._flush()
+
+    async def commit(self, request: JobRequest, message: str, queue_limit: int) -> Submission:
+        """Make the job; when this returns, it and all its bytes are on the disk.
+
+        A repeated request gets the job that it made before, and its bytes are not kept.
+        Raises :class:`KeyReused`, and :class:`QueueFull` when ``queue_limit`` jobs of the user
+        are in line.
+        """
+        await self._settle()
+        files, pending = tuple(self._files), self._take_pending()
+        key = key_of(request, files)
+
+        def operation(db: Database) -> Submission:
+            # decided here, in the one writer: two at the same moment can't both be the first
+            if repeated := submission_before(db, key):
+                return repeated
+            check_queue(db, request.user_id, queue_limit)
+            _write_pending(db, pending)
+            job = insert_job(db, request, message, "uploaded")
+            _insert_files(db, job.id, files)
+            note_key(db, key, job.id)
+            return Submission(job)
+
+        weight = sum(len(chunk.data) for chunk in pending)
+        submission = await self._store.write_bytes(operation, weight)
+        if not submission.is_repeated:
+            self._flushed.clear()
+            self._store.uploaded_bytes.add(sum(file.spec.size for file in files))
+        return submission
+
+    def is_little(self) -> bool:
+        """Whether the commit writes all of it, and goes with the short operations."""
+        return not self.has_loose_ends() and goes_with_short(self._pending_bytes)
+
+    def has_loose_ends(self) -> bool:
+        """Whether there is anything on its way to the disk, or there, that no job refers to."""
+        return self._flushing is not None or bool(self._flushed)
+
+    async def abandon(self) -> None:
+        """Leave nothing behind; does nothing after a commit that made a job."""
+        self._pending.clear()
+        try:
+            await self._settle()
+        except StoreError as error:
+            log.info("event=upload_flush_failed error=%r", str(error))
+        self._store.erase_later(self._flushed)
+
+    def _cut(self, file: _OpenFile, size: int) -> None:
+        """Make chunks of the first bytes of the buffer, which are views of it, not copies."""
+        data = memoryview(file.buffer)
+        for start in range(0, size, CHUNK_BYTES):
+            chunk = data[start : min(start + CHUNK_BYTES, size)]
+            self._pending.append(_PendingChunk(file.blob_id, file.chunks, chunk))
+            file.chunks += 1
+        self._pending_bytes += size
+        file.buffer = bytearray(data[size:])
+
+    def _take_pending(self) -> list[_PendingChunk]:
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        return pending
+
+    async def _settle(self) -> None:
+        if self._flushing is not None:
+            # Who is cancelled here must not cancel the write: it stands in the writer's queue
+            # and comes, and what is to be erased can be only after it.
+            await asyncio.shield(self._flushing)
+            self._flushing = None
+
+    async def _flush(self) -> None:
+        await self._settle()
+        pending, weight = self._pending, self._pending_bytes
+        self._take_pending()
+        self._flushed.update(chunk.blob_id for chunk in pending)
+        write = self._store.write_bytes(lambda db: _write_pending(db, pending), weight)
+        self._flushing = asyncio.ensure_future(write)
+
+
+def _write_pending(db: Database, pending: Sequence[_PendingChunk]) -> None:
+    for chunk in pending:
+        if chunk.index == 0:
+            open_blob(db, chunk.blob_id)
+        insert_chunks(db, chunk.blob_id, chunk.index, [chunk.data])
+
+
+def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> QueuedJob:
+    """Make a queued job with its tags and the first line of its history."""
+    now = time.time()
+    cursor = db.execute(
+        "INSERT INTO job (user_id, service, name, priority, timeout, state, message,"
+        " created_at, changed_at) VALUES (?, ?, ?, ?, ?, 'Queued', ?, ?, ?)",
+        (
+            *(request.user_id, request.service, request.name, request.priority, request.timeout),
+            *(message, now, now),
+        ),
+    )
+    job_id = cast(int, cursor.lastrowid)
+    db.executemany(
+        "INSERT INTO tag (job_id, key, value) VALUES (?, ?, ?)",
+        ((job_id, key, value) for key, value in request.tags),
+    )
+    job = JobRow(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
+    line = write_history(db, job, now, None, JobState.QUEUED, reason)
+    db.announce(dataclasses.replace(line, created_at=now, message=message))
+    return QueuedJob(job_id, request.user_id, request.service)
+
+
+def check_queue(db: Database, user_id: int, limit: int) -> None:
+    """Raise :class:`QueueFull` if ``limit`` jobs of the user are in line."""
+    row = db.execute("SELECT jobs FROM queue_length WHERE user_id = ?", (user_id,)).fetchone()
+    if row is not None and row[0] >= limit:
+        raise QueueFull(f"user {user_id} has {row[0]} jobs in line, which is the limit")
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """An idempotency key and a digest of all that makes two requests of it the same."""
+
+    user_id: int
+    text: str
+    content_sha256: str
+
+
+def key_of(
+    request: JobRequest, files: Sequence[StoredFile], source_id: int | None = None
+) -> _Key | None:
+    """Return the key of a request if it has one; the order of files and tags does not matter."""
+    if request.idempotency_key is None:
+        return None
+    parts = (source_id, request.service, request.name, request.priority, request.timeout)
+    specs = sorted((file.spec.name, file.spec.size, file.spec.sha256) for file in files)
+    canonical = json.dumps([*parts, sorted(request.tags), specs])
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return _Key(request.user_id, request.idempotency_key, digest)
+
+
+def submission_before(db: Database, key: _Key | None) -> Submission | None:
+    """Return what an earlier request of the key made, if any; raises :class:`KeyReused`."""
+    if key is None:
+        return None
+    row = db.execute(
+        "SELECT content_sha256, job_id, service FROM idempotency JOIN job ON job.id = job_id"
+        " WHERE idempotency.user_id = ? AND key = ? AND idempotency.created_at > ?",
+        (key.user_id, key.text, time.time() - KEY_SECONDS),
+    ).fetchone()
+    if row is None:
+        return None
+    if row[0] != key.content_sha256:
+        raise KeyReused("Idempotency-Key: it was used for a request with other content")
+    return Submission(QueuedJob(row[1], key.user_id, row[2]), is_repeated=True)
+
+
+def note_key(db: Database, key: _Key | None, job_id: int) -> None:
+    """Remember what a request of this key made; None is no key."""
+    if key is not None:
+        db.execute(
+            "INSERT OR REPLACE INTO idempotency"
+            " (user_id, key, content_sha256, job_id, created_at) VALUES (?, ?, ?, ?, ?)",
+            (key.user_id, key.text, key.content_sha256, job_id, time.time()),
+        )
+
+
+def _insert_files(db: Database, job_id: int, files: Sequence[StoredFile]) -> None:
+    db.executemany(
+        "INSERT INTO blob (id, state, size, sha256) VALUES (?, 'sealed', ?, ?)"
+        " ON CONFLICT (id) DO UPDATE SET"
+        " state = 'sealed', size = excluded.size, sha256 = excluded.sha256",
+        ((file.blob_id, file.spec.size, file.spec.sha256) for file in files),
+    )
+    db.executemany(
+        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            (job_id, position, file.spec.name, file.spec.size, file.spec.sha256, file.blob_id)
+            for position, file in enumerate(files)
+        ),
+    )
+
+
+def share_input(db: Database, source_id: int, job_id: int) -> None:
+    """Give a job the input of another; raises :class:`InputGone`."""
+    shared = db.execute(
+        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id)"
+        " SELECT ?, position, name, size, sha256, blob_id FROM input_file"
+        " WHERE job_id = ? AND blob_id IS NOT NULL",
+        (job_id, source_id),
+    ).rowcount
+    if not shared:
+        raise InputGone(f"the input of job {source_id} was removed by retention")
+
+
+def request_of(db: Database, job_id: int) -> JobRequest | None:
+    """Return what was asked for with a job, None if there is no such job."""
+    row = db.execute(
+        "SELECT user_id, service, name, priority, timeout FROM job WHERE id = ?", (job_id,)
+    ).fetchone()
+    if row is None:
+        return None
+    tags = db.execute("SELECT key, value FROM tag WHERE job_id = ? ORDER BY key", (job_id,))
+    user_id, service, name, priority, timeout = row
+    return JobRequest(user_id, service, name, priority, timeout, tuple(tags.fetchall()))

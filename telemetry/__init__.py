@@ -1,0 +1,1 @@
+"""Logs, metrics, and what is measured of a running server."""

@@ -1,0 +1,254 @@
+"""What agent and server say to each other: the messages, as frozen dataclasses.
+
+A field with a default is younger than the protocol's version: a peer may not know it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from jobs import FileSpec, JobState
+
+PROTOCOL_VERSION = 1
+
+
+class ProtocolError(Exception):
+    """The peer sent something that the protocol does not allow."""
+
+
+class AttemptPhase(enum.StrEnum):
+    """How far an attempt has come on the agent's side."""
+
+    RECEIVING = "receiving"
+    ACCEPTED = "accepted"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAttempt:
+    """An attempt that a connecting agent still holds; ``input_offset`` is what it has on disk."""
+
+    job_id: int
+    attempt_id: int
+    phase: AttemptPhase
+    input_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAttempt:
+    """The server wants this attempt to go on, and has its result and output up to the offsets."""
+
+    attempt_id: int
+    result_offset: int
+    stdout_offset: int
+    stderr_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Agent's first message. ``services`` is None when it offers all of the server's.
+
+    ``slots`` is 0 for an agent that drains: it only finishes what it holds.
+
+    ``agent_id`` outlives the process, ``instance`` does not: the same instance may
+    replace its own half-dead connection at once, another one must wait its turn.
+    """
+
+    protocol: int
+    agent_id: str
+    instance: str
+    name: str
+    version: str
+    slots: int
+    services: tuple[str, ...] | None
+    attempts: tuple[HeldAttempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Server's answer to :class:`Hello`: what to keep, and the channel's rhythm in seconds.
+
+    Attempts of the agent that are not in ``keep`` are superseded: kill and remove them.
+    """
+
+    protocol: int
+    version: str
+    lease_seconds: float
+    heartbeat_seconds: float
+    keep: tuple[KeptAttempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The server will not talk to this agent; ``retry`` says whether trying later can help."""
+
+    reason: str
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The sender lives. ``load`` is the 1-minute load average of an agent's machine."""
+
+    load: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Agent takes nothing new from now on; what it holds it finishes."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLimits:
+    """How much a job may leave: bytes and number of its files, bytes of each of its two logs."""
+
+    result_bytes: int
+    result_files: int
+    log_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Server gives an attempt; the bytes of ``files`` follow as its INPUT transfer, in order."""
+
+    job_id: int
+    attempt_id: int
+    number: int
+    user_id: int
+    service: str
+    timeout_seconds: int | None
+    grace_seconds: float
+    output: OutputLimits
+    files: tuple[FileSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Agent has all input on disk, checked."""
+
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The job's process runs."""
+
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The job ended; its archive of ``result_size`` bytes follows as the RESULT transfer."""
+
+    attempt_id: int
+    state: JobState
+    exit_code: int | None
+    message: str
+    result_size: int
+    result_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Agent says that the job, as uploaded, can never run."""
+
+    attempt_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Agent no longer has the attempt, or can't go on with it; another may try."""
+
+    attempt_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Server has the result durably; the agent may forget the attempt."""
+
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Server wants the job ended; the agent reports what is left of it as finished."""
+
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Server does not want this attempt any more (superseded): kill it and remove it."""
+
+    attempt_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Server wants a ZIP of the attempt's files as they are now; answers bear the request's id."""
+
+    request_id: int
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReady:
+    """Agent has made the ZIP; its ``size`` bytes follow as the SNAPSHOT transfer."""
+
+    request_id: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRefused:
+    """Agent can't give the ZIP."""
+
+    request_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDone:
+    """Server wants no more of the ZIP; the agent may remove it."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    """Receiver has everything of ``transfer`` below ``offset`` safe; opens the window."""
+
+    transfer: int
+    offset: int
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Refused
+    | Heartbeat
+    | Drain
+    | Assign
+    | Accepted
+    | Started
+    | Finished
+    | Rejected
+    | Lost
+    | Stored
+    | Kill
+    | Drop
+    | Snapshot
+    | SnapshotReady
+    | SnapshotRefused
+    | SnapshotDone
+    | Acknowledge
+)
+
+AttemptReport: TypeAlias = Accepted | Started | Finished | Rejected | Lost
+"""What an agent says about one attempt."""
