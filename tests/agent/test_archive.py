@@ -112,8 +112,8 @@ async def test_a_deep_tree_and_many_files_grow_no_memory(tmp_path: Path) -> None
     script = """if True:
     import os, resource, sys
     from pathlib import Path
-    from archive import writer
-    from agent import attempt_directory
+    from archive import writer as archive
+    from agent import attempt_directory as runner
     os.chdir(sys.argv[1]); os.mkdir("tree"); os.chdir("tree")
     for number in range(10000):
         os.close(os.open(f"file-{number}", os.O_CREAT | os.O_WRONLY))

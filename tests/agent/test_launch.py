@@ -24,7 +24,7 @@ def fork_servers(agent: int) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(agent).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any(word.endswith("forkserver.py") for word in process.cmdline()):
+            if any(word.endswith("supervision.forkserver") for word in process.cmdline()):
                 found.append(process)
     return found
 
