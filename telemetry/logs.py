@@ -1,8 +1,7 @@
 """How log records are written: one line an event, as ``key=value`` or as JSON.
 
-Our records say ``event=... key=value``, with the values as arguments. The JSON form takes
-the fields from the record, not from its text, so that a value may hold anything and numbers
-stay numbers. What libraries log has no such form and becomes ``message``.
+Our records are events: a name, and fields that stay what they are (numbers, text, None) until
+a line is made of them. What libraries log has no fields and becomes ``message``.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from typing import Any
 
 from config import LogFormat
 
+_FIELDS = "event_fields"  # the attribute of a record that holds those of an event
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_.@:+-]+")
 _FIELD = re.compile(r"([a-z_]+)=(%[-#0-9.]*[a-z]|[^\s%]+)")
 
 
@@ -30,12 +31,32 @@ def configure(log_format: LogFormat) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
+def event(
+    log: logging.Logger,
+    name: str,
+    *,
+    level: int = logging.INFO,
+    exc_info: BaseException | None = None,
+    **fields: object,
+) -> None:
+    """Log that something happened: one line, with ``fields`` such as job, attempt and agent.
+
+    ``exc_info`` adds the traceback of an exception that nobody expected.
+    """
+    if log.isEnabledFor(level):
+        log.log(level, name, exc_info=exc_info, extra={_FIELDS: {"event": name, **fields}})
+
+
 class TextFormatter(logging.Formatter):
     """``time=... level=... logger=... event=... key=value``, an exception quoted at the end."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
-        message = _one_line(record.getMessage())
+        fields = record.__dict__.get(_FIELDS)
+        if fields is None:
+            message = _one_line(record.getMessage())
+        else:
+            message = " ".join(f"{key}={_text(value)}" for key, value in fields.items())
         line = f"time={_time(record)} level={record.levelname} logger={record.name} {message}"
         exception = _exception(record)
         return line if exception is None else f"{line} exception={exception!r}"
@@ -50,7 +71,7 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname,
             "logger": record.name,
-            **_fields(record),
+            **(record.__dict__.get(_FIELDS) or _fields(record)),
         }
         exception = _exception(record)
         if exception is not None:
@@ -74,6 +95,14 @@ def _exception(record: logging.LogRecord) -> str | None:
     if not record.exc_info or record.exc_info[0] is None:
         return None
     return logging.Formatter().formatException(record.exc_info)
+
+
+def _text(value: object) -> str:
+    """Return a value as it stands in a line: quoted, with escapes, unless it is one plain word."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    return text if _PLAIN_WORD.fullmatch(text) else repr(text)
 
 
 def _one_line(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from telemetry.logs import JsonFormatter, TextFormatter
+from telemetry.logs import JsonFormatter, TextFormatter, event
 from tests.harness import AgentProcess, curl, eventually, running_server
 
 
@@ -57,6 +57,32 @@ def test_what_is_not_an_event_becomes_a_message_on_one_line(
     assert "two\\nlines" in line
 
 
+def _logged(**fields: object) -> logging.LogRecord:
+    """Return the record that an event makes."""
+    log = logging.getLogger("orchestrator.test")
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        event(log, "assigned", level=logging.WARNING, **fields)
+    finally:
+        log.removeHandler(handler)
+    return records[0]
+
+
+def test_an_event_is_one_line_whatever_its_fields_hold() -> None:
+    hostile = "a\nb\x85c\u2028d\x1b[31m e='f'"
+    made = _logged(job=7, seconds=0.125, agent="gpu-1", name=hostile, code=None)
+    line = TextFormatter().format(made)
+    assert line.isprintable()
+    assert " event=assigned job=7 seconds=0.125 agent=gpu-1 name=" in line
+    assert line.endswith(f"name={hostile!r} code=None")
+    fields = json.loads(JsonFormatter().format(made))
+    assert (fields["job"], fields["name"], fields["code"]) == (7, hostile, None)
+    assert (fields["event"], fields["level"]) == ("assigned", "WARNING")
+
+
 async def test_every_line_of_server_and_agents_is_json_if_asked_for(tmp_path: Path) -> None:
     async with running_server(
         tmp_path / "server", "--slots", "1", "--log-format", "json"
@@ -68,11 +94,11 @@ async def test_every_line_of_server_and_agents_is_json_if_asked_for(tmp_path: Pa
         await curl(f"{server.url}/nothing?token=secret")
         await agent.kill()
         await server.stop()
-        events = [json.loads(line) for line in (server.log() + agent.log()).splitlines()]
-    loggers = {event["logger"] for event in events if "event" in event}
+        told = [json.loads(line) for line in (server.log() + agent.log()).splitlines()]
+    loggers = {line["logger"] for line in told if "event" in line}
     assert loggers >= {"orchestrator.dispatch", "orchestrator.agent", "orchestrator.access"}
-    requests = [event for event in events if event.get("event") == "request"]
-    notable = [(event["method"], event["path"], event["status"]) for event in requests]
+    requests = [line for line in told if line.get("event") == "request"]
+    notable = [(line["method"], line["path"], line["status"]) for line in requests]
     # the polls that succeeded are not there
     assert ("POST", "/upload", 201) in notable
     assert ("GET", "/nothing", 404) in notable
