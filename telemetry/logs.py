@@ -34,6 +34,7 @@ def configure(log_format: LogFormat) -> None:
 def event(
     log: logging.Logger,
     name: str,
+    /,
     *,
     level: int = logging.INFO,
     exc_info: BaseException | None = None,

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,12 +58,12 @@ def test_what_is_not_an_event_becomes_a_message_on_one_line(
     assert "two\\nlines" in line
 
 
-def _logged(**fields: object) -> logging.LogRecord:
+def _logged(**fields: Any) -> logging.LogRecord:
     """Return the record that an event makes."""
     log = logging.getLogger("orchestrator.test")
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
     log.addHandler(handler)
     try:
         event(log, "assigned", level=logging.WARNING, **fields)
