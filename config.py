@@ -2,8 +2,12 @@
 
 The same names everywhere: ``PORT`` in the environment is ``PORT`` in the TOML file
 and ``--port`` on the command line. A service exists when any of its
-``SERVICE_<NAME>_RUNS_PER_USER``, ``_MAX_RUNS`` or ``_TIMEOUT`` is set; the TOML file
-may also use tables, ``[services.NAME]``, which allow any name.
+``SERVICE_<NAME>_...`` settings is set; the TOML file may also use tables,
+``[services.NAME]``, which allow any name.
+
+Each setting is one row of a table, with its type, default, meaning and whether a reload
+changes it: environment, TOML, ``--help`` and the README's tables are all made of that row
+or checked against it. The module is long because the tables are.
 """
 
 from __future__ import annotations
@@ -35,7 +39,6 @@ LONGEST_TIMEOUT = 10 * 366 * 24 * 3600
 _MIB = 1024 * 1024
 
 _SERVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SERVICE_KEY = re.compile(r"SERVICE_(?P<name>.+)_(?P<limit>RUNS_PER_USER|MAX_RUNS|TIMEOUT)")
 _AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -62,100 +65,7 @@ class AccessLog(enum.StrEnum):
     ALL = "all"
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceLimits:
-    """Quotas of one service; ``timeout`` is in seconds, None for no limit."""
-
-    runs_per_user: int = 5
-    max_runs: int = 10
-    timeout: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Everything that the server can be told. Durations are in seconds.
-
-    ``max_age``: how long files of a final job are kept. ``lease``: how long an agent
-    may be away before its jobs go to another. ``max_attempts``: how often a job may
-    be started. ``kill_grace``: time between SIGTERM and SIGKILL for a job's processes.
-    ``max_result_bytes``, ``max_result_files``: what a job may leave, before it is compressed;
-    ``max_log_bytes``: what is kept of each of its two output streams.
-    ``upload_idle``: how long a client may send nothing in the middle of an upload.
-    ``max_files``: the most files of a job. ``max_open_uploads`` of one user, and
-    ``max_open_uploads_total`` of all, may arrive at a time; ``max_queued_jobs`` of one user
-    may wait. ``slots``: slots of the embedded agent. ``allowed_hosts``: further names under
-    which browsers and clients may address the server.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 5000
-    db_path: str = "orchestrator.db"
-    max_age: int = 10 * 24 * 3600
-    lease: float = 60.0
-    max_attempts: int = 3
-    kill_grace: float = 5.0
-    max_result_bytes: int = 4 * 1024 * _MIB
-    max_result_files: int = 1_000_000
-    max_log_bytes: int = 16 * _MIB
-    max_files: int = MAX_FILES
-    upload_idle: float = 60.0
-    max_open_uploads: int = 8
-    max_open_uploads_total: int = 128
-    max_queued_jobs: int = 100_000
-    slots: int = field(default_factory=lambda: os.cpu_count() or 1)
-    allowed_hosts: tuple[str, ...] = ()
-    log_format: LogFormat = LogFormat.TEXT
-    access_log: AccessLog = AccessLog.NOTABLE
-    agent_token: str | None = field(default=None, repr=False)
-    services: Mapping[str, ServiceLimits] = field(
-        default_factory=lambda: MappingProxyType({"example": ServiceLimits()})
-    )
-
-
-_FIXED_AT_START = frozenset(
-    {"host", "port", "db_path", "slots", "agent_token", "log_format"},
-)
-"""Settings that can't change while the server runs: it has bound, opened or started them."""
-
-
-class SettingsInForce:
-    """The settings that hold now. A reload replaces them, so ask ``current`` at each use."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.current = settings
-        self._listeners: list[Callable[[], None]] = []
-
-    def on_change(self, listener: Callable[[], None]) -> None:
-        """Have ``listener`` called after each change."""
-        self._listeners.append(listener)
-
-    def replace(self, settings: Settings) -> SettingsChange:
-        """Put the new settings in force, except those that need a restart to change."""
-        before = self.current
-        changed = {name for name in _ATTRIBUTES if getattr(settings, name) != getattr(before, name)}
-        kept = {name: getattr(before, name) for name in _FIXED_AT_START}
-        self.current = dataclasses.replace(settings, **kept)
-        for listener in self._listeners:
-            listener()
-        return SettingsChange(
-            _setting_names(changed - _FIXED_AT_START), _setting_names(changed & _FIXED_AT_START)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SettingsChange:
-    """What a reload did, by the names of settings: changed, or left because it needs a restart."""
-
-    changed: tuple[str, ...]
-    needing_restart: tuple[str, ...]
-
-
-_ATTRIBUTES = tuple(attribute.name for attribute in dataclasses.fields(Settings))
-
-
-def _setting_names(attributes: set[str]) -> tuple[str, ...]:
-    names = {attribute: name for name, (attribute, _) in _SETTINGS.items()}
-    return tuple(sorted(names.get(attribute, attribute) for attribute in attributes))
+# --- values -----------------------------------------------------------------------
 
 
 def _integer(low: int, high: int) -> Callable[[object], int]:
@@ -213,34 +123,243 @@ def _one_of(choices: type[enum.StrEnum]) -> Callable[[object], enum.StrEnum]:
 
 _COUNT = _integer(1, 1_000_000)
 
-_SETTINGS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
-    "HOST": ("host", _text),
-    "PORT": ("port", _integer(0, 65535)),
-    "DB_PATH": ("db_path", _text),
-    "MAX_AGE": ("max_age", _integer(1, LONGEST_TIMEOUT)),
-    "LEASE": ("lease", _seconds(1, 7 * 24 * 3600)),
-    "MAX_ATTEMPTS": ("max_attempts", _integer(1, 1000)),
-    "KILL_GRACE": ("kill_grace", _seconds(0, 3600)),
-    "MAX_RESULT_BYTES": ("max_result_bytes", _integer(1, 2**48)),
-    "MAX_RESULT_FILES": ("max_result_files", _integer(1, 100_000_000)),
-    "MAX_LOG_BYTES": ("max_log_bytes", _integer(2, 2**40)),
-    "MAX_FILES": ("max_files", _integer(1, MAX_FILES)),
-    "UPLOAD_IDLE": ("upload_idle", _seconds(0.1, 24 * 3600)),
-    "MAX_OPEN_UPLOADS": ("max_open_uploads", _COUNT),
-    "MAX_OPEN_UPLOADS_TOTAL": ("max_open_uploads_total", _COUNT),
-    "MAX_QUEUED_JOBS": ("max_queued_jobs", _integer(1, 1_000_000_000)),
-    "SLOTS": ("slots", _integer(1, 4096)),
-    "ALLOWED_HOSTS": ("allowed_hosts", _names),
-    "LOG_FORMAT": ("log_format", _one_of(LogFormat)),
-    "ACCESS_LOG": ("access_log", _one_of(AccessLog)),
-    AGENT_TOKEN_VARIABLE: ("agent_token", _token),
-}
 
-_LIMITS: Mapping[str, tuple[str, Callable[[object], Any]]] = {
-    "RUNS_PER_USER": ("runs_per_user", _COUNT),
-    "MAX_RUNS": ("max_runs", _COUNT),
-    "TIMEOUT": ("timeout", _integer(1, LONGEST_TIMEOUT)),
-}
+# --- the tables -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of a table of settings.
+
+    ``name`` is that of the environment and of TOML, ``attribute`` that of the settings in the
+    program. ``parse`` makes the value of what a place says, or raises :class:`ValueError` with
+    the words that follow the name. ``default`` is for people to read. ``option`` is the command
+    line's, if it has one. Without ``reloadable`` it is bound, opened or started with for as long
+    as the server runs.
+    """
+
+    name: str
+    attribute: str
+    parse: Callable[[object], Any]
+    default: str
+    meaning: str
+    option: str | None
+    reloadable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a field of the tables below adds to its type and default."""
+
+    parse: Callable[[object], Any]
+    meaning: str
+    option: str | None = None
+    reloadable: bool = True
+    name: str | None = None
+    shown: str | None = None  # the default in words
+
+
+def _row(default: Any, parse: Callable[[object], Any], meaning: str, **more: Any) -> Any:
+    return field(default=default, metadata={"row": _Row(parse, meaning, **more)})
+
+
+def _rows_of(table: type[Any]) -> tuple[Setting, ...]:
+    rows = []
+    for attribute in dataclasses.fields(table):
+        if (row := attribute.metadata.get("row")) is not None:
+            default = "none" if attribute.default in (None, ()) else str(attribute.default)
+            rows.append(
+                Setting(
+                    row.name or attribute.name.upper(),
+                    attribute.name,
+                    row.parse,
+                    row.shown or default,
+                    row.meaning,
+                    row.option,
+                    row.reloadable,
+                )
+            )
+    return tuple(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """What the operator says of one service: the table of service settings."""
+
+    runs_per_user: int = _row(5, _COUNT, "active jobs of one user in the service")
+    max_runs: int = _row(10, _COUNT, "active jobs of the service")
+    timeout: int | None = _row(
+        None, _integer(1, LONGEST_TIMEOUT), "seconds after which a job is ended"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that the server can be told: the table of settings. Durations are in seconds."""
+
+    host: str = _row(
+        "127.0.0.1",
+        _text,
+        "where it listens; any but a loopback address demands the token of agents",
+        option="--host",
+        reloadable=False,
+    )
+    port: int = _row(
+        5000,
+        _integer(0, 65535),
+        "the port it listens on; 0 picks a free one",
+        option="--port",
+        reloadable=False,
+    )
+    db_path: str = _row("orchestrator.db", _text, "the one file", option="--db", reloadable=False)
+    max_age: int = _row(
+        10 * 24 * 3600,
+        _integer(1, LONGEST_TIMEOUT),
+        "seconds until files of a finished job are removed (it is then `Cleaned`)",
+    )
+    lease: float = _row(
+        60.0,
+        _seconds(1, 7 * 24 * 3600),
+        "seconds that an agent may be away before its jobs go to another",
+        shown="60",
+    )
+    max_attempts: int = _row(
+        3, _integer(1, 1000), "how often a job is started before it is given up"
+    )
+    kill_grace: float = _row(
+        5.0, _seconds(0, 3600), "seconds between SIGTERM and SIGKILL", shown="5"
+    )
+    max_result_bytes: int = _row(
+        4 * 1024 * _MIB,
+        _integer(1, 2**48),
+        "bytes that the files of a job may have when it ends, inputs included; with more it is"
+        " `Failed` and keeps only its logs",
+    )
+    max_result_files: int = _row(
+        1_000_000, _integer(1, 100_000_000), "the same for the number of files and directories"
+    )
+    max_log_bytes: int = _row(
+        16 * _MIB,
+        _integer(2, 2**40),
+        "what is kept of each of `stdout.log` and `stderr.log`: of a longer one the start and the"
+        " end",
+    )
+    max_files: int = _row(MAX_FILES, _integer(1, MAX_FILES), "files of a job (at most the default)")
+    upload_idle: float = _row(
+        60.0,
+        _seconds(0.1, 24 * 3600),
+        "seconds that a client may send nothing in the middle of an upload, before it is ended"
+        " (408)",
+        shown="60",
+    )
+    max_open_uploads: int = _row(8, _COUNT, "uploads of a user that may arrive at a time, else 429")
+    max_open_uploads_total: int = _row(128, _COUNT, "the same for all users together, else 503")
+    max_queued_jobs: int = _row(
+        100_000, _integer(1, 1_000_000_000), "jobs of a user that may wait, else 429"
+    )
+    slots: int = field(
+        default_factory=lambda: os.cpu_count() or 1,
+        metadata={
+            "row": _Row(
+                _integer(1, 4096),
+                "jobs at a time of the embedded agent (`--no-agent`: none)",
+                option="--slots",
+                reloadable=False,
+                shown="number of cores",
+            )
+        },
+    )
+    allowed_hosts: tuple[str, ...] = _row(
+        (), _names, "further names under which the server may be addressed, separated by commas"
+    )
+    log_format: LogFormat = _row(
+        LogFormat.TEXT,
+        _one_of(LogFormat),
+        "`text` (`key=value`) or `json`, one line an event; also an option of `agent`",
+        option="--log-format",
+        reloadable=False,
+    )
+    access_log: AccessLog = _row(
+        AccessLog.NOTABLE,
+        _one_of(AccessLog),
+        "requests in the log: `all`, `off` (`--no-access-log`), or `notable`: those that change"
+        " something, fail, or take a second or longer",
+    )
+    agent_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={
+            "row": _Row(
+                _token,
+                "what agents must present",
+                reloadable=False,
+                name=AGENT_TOKEN_VARIABLE,
+                shown="generated, kept in the file",
+            )
+        },
+    )
+    services: Mapping[str, ServiceLimits] = field(
+        default_factory=lambda: MappingProxyType({"example": ServiceLimits()})
+    )
+
+
+SETTINGS = _rows_of(Settings)
+"""The settings of the server, in the order in which they are documented."""
+
+SERVICE_SETTINGS = _rows_of(ServiceLimits)
+"""The settings of each service: ``SERVICE_<NAME>_...``, or keys of a TOML table."""
+
+_BY_NAME: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
+_SERVICE_SETTING_BY_NAME = {setting.name: setting for setting in SERVICE_SETTINGS}
+# the shortest name that leaves a known setting: SERVICE_DOCK_MAX_RUNS is not of "dock_max"
+_SERVICE_KEY = re.compile(rf"SERVICE_(?P<name>.+?)_(?P<limit>{'|'.join(_SERVICE_SETTING_BY_NAME)})")
+_FIXED_AT_START = frozenset(setting.attribute for setting in SETTINGS if not setting.reloadable)
+
+
+# --- what holds now ---------------------------------------------------------------
+
+
+class SettingsInForce:
+    """The settings that hold now. A reload replaces them, so ask ``current`` at each use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.current = settings
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called after each change."""
+        self._listeners.append(listener)
+
+    def replace(self, settings: Settings) -> SettingsChange:
+        """Put the new settings in force, except those that need a restart to change."""
+        before = self.current
+        changed = {name for name in _ATTRIBUTES if getattr(settings, name) != getattr(before, name)}
+        kept = {name: getattr(before, name) for name in _FIXED_AT_START}
+        self.current = dataclasses.replace(settings, **kept)
+        for listener in self._listeners:
+            listener()
+        return SettingsChange(
+            _setting_names(changed - _FIXED_AT_START), _setting_names(changed & _FIXED_AT_START)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsChange:
+    """What a reload did, by the names of settings: changed, or left because it needs a restart."""
+
+    changed: tuple[str, ...]
+    needing_restart: tuple[str, ...]
+
+
+_ATTRIBUTES = tuple(attribute.name for attribute in dataclasses.fields(Settings))
+
+
+def _setting_names(attributes: set[str]) -> tuple[str, ...]:
+    names = {setting.attribute: setting.name for setting in SETTINGS}
+    return tuple(sorted(names.get(attribute, attribute) for attribute in attributes))
+
+
+# --- where they come from ---------------------------------------------------------
 
 
 def load(
@@ -283,7 +402,7 @@ def checked_token(token: str) -> str:
 
 
 def _is_setting(name: str) -> bool:
-    return name in _SETTINGS or _SERVICE_KEY.fullmatch(name) is not None
+    return name in _BY_NAME or _SERVICE_KEY.fullmatch(name) is not None
 
 
 def _read_toml(path: Path) -> Mapping[str, object]:
@@ -315,9 +434,8 @@ def _apply(
         if name.startswith("services.") and isinstance(value, dict):
             service = name.removeprefix("services.")
             _define(services, service, {key.upper(): limit for key, limit in value.items()})
-        elif name in _SETTINGS:
-            attribute, parse = _SETTINGS[name]
-            values[attribute] = parse(value)
+        elif name in _BY_NAME:
+            values[_BY_NAME[name].attribute] = _BY_NAME[name].parse(value)
         elif match := _SERVICE_KEY.fullmatch(name):
             _define(services, match["name"].lower(), {match["limit"]: value})
         else:
@@ -331,11 +449,10 @@ def _define(services: dict[str, ServiceLimits], service: str, limits: Mapping[st
         raise ValueError("a service name has letters, digits, dot, dash and underscore")
     changes: dict[str, Any] = {}
     for name, value in limits.items():
-        if name not in _LIMITS:
-            raise ValueError(f"unknown limit {name}")
-        attribute, parse = _LIMITS[name]
+        if (setting := _SERVICE_SETTING_BY_NAME.get(name)) is None:
+            raise ValueError(f"unknown setting {name.lower()}")
         try:
-            changes[attribute] = parse(value)
+            changes[setting.attribute] = setting.parse(value)
         except ValueError as error:
-            raise ValueError(f"{attribute} {error}") from None
+            raise ValueError(f"{setting.attribute} {error}") from None
     services[service] = dataclasses.replace(services.get(service, ServiceLimits()), **changes)

@@ -31,7 +31,7 @@ def add_token_commands(parser: argparse.ArgumentParser) -> None:
     revoke = actions.add_parser("revoke", help="make a token invalid, within a second")
     revoke.add_argument("name", metavar="NAME")
     for action in (create, revoke, actions.add_parser("list", help="show what tokens there are")):
-        action.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+        action.add_argument("--db", dest="DB_PATH", default=argparse.SUPPRESS, metavar="FILE")
 
 
 def _token_name(text: str) -> str:

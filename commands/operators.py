@@ -36,13 +36,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _add_serve_options(serve_parser)
     commands.add_parser("demo", help="run an example job on a throw-away server")
     token_parser = commands.add_parser("agent-token", help="show the token that agents need")
-    token_parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+    token_parser.add_argument("--db", dest="DB_PATH", default=argparse.SUPPRESS, metavar="FILE")
     administration.add_token_commands(
         commands.add_parser("token", help="make, list, revoke tokens of the API")
     )
     backup_parser = commands.add_parser("backup", help="copy the database, also while it is used")
     backup_parser.add_argument("file", metavar="FILE", help="where to; must not be there yet")
-    backup_parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE")
+    backup_parser.add_argument("--db", dest="DB_PATH", default=argparse.SUPPRESS, metavar="FILE")
     check_parser = commands.add_parser("check", help="look for damage in a database or a backup")
     check_parser.add_argument("file", metavar="FILE")
     return parser.parse_args(arguments)
@@ -50,17 +50,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     # SUPPRESS: an option that is not given must not hide the environment or the file
-    parser.add_argument("--host", default=argparse.SUPPRESS, help="default: 127.0.0.1")
-    parser.add_argument("--port", default=argparse.SUPPRESS, help="default: 5000; 0 picks one")
-    parser.add_argument("--db", default=argparse.SUPPRESS, metavar="FILE", help="orchestrator.db")
+    for setting in config.SETTINGS:
+        if setting.option is not None:
+            meaning = setting.meaning.replace("`", "").replace("%", "%%")
+            parser.add_argument(
+                setting.option,
+                dest=setting.name,
+                default=argparse.SUPPRESS,
+                metavar=setting.option.removeprefix("--").upper(),
+                help=f"{meaning} (default: {setting.default})",
+            )
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file")
-    parser.add_argument("--slots", default=argparse.SUPPRESS, help="slots of the embedded agent")
-    parser.add_argument(
-        "--log-format", choices=list(LogFormat), default=argparse.SUPPRESS, help="default: text"
-    )
     parser.add_argument(
         "--no-access-log",
-        dest="access_log",
+        dest="ACCESS_LOG",
         action="store_const",
         const=AccessLog.OFF,
         default=argparse.SUPPRESS,
@@ -71,21 +74,11 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_SETTING_OF_OPTION = {
-    "host": "HOST",
-    "port": "PORT",
-    "db": "DB_PATH",
-    "slots": "SLOTS",
-    "log_format": "LOG_FORMAT",
-    "access_log": "ACCESS_LOG",
-}
-
-
 def load_settings(options: argparse.Namespace) -> Settings:
     """Return the settings of this command line; raises :class:`config.ConfigError`."""
     given = vars(options)
     arguments = {
-        setting: given[option] for option, setting in _SETTING_OF_OPTION.items() if option in given
+        setting.name: given[setting.name] for setting in config.SETTINGS if setting.name in given
     }
     file = Path(given["config"]) if "config" in given else None
     return config.load(os.environ, arguments, file)

@@ -9,6 +9,7 @@ import pytest
 import config
 from agent.command import default_workdir
 from config import ConfigError, ServiceLimits
+from tests.settings_table import README, with_tables
 
 
 def test_later_places_win(tmp_path: Path) -> None:
@@ -69,3 +70,14 @@ def test_an_agent_keeps_a_directory_for_each_server(monkeypatch: pytest.MonkeyPa
     assert here == Path("/state/orchestrator/node@head_5000")
     assert default_workdir("node", "https://user@[::1]:1/../x").parent == here.parent
     assert default_workdir("node", "http://other:5000") != here
+
+
+def test_the_tables_of_the_readme_are_those_of_the_program() -> None:
+    text = README.read_text()
+    assert text == with_tables(text), "write them with: python -m tests.settings_table"
+
+
+def test_a_service_setting_belongs_to_the_shortest_name() -> None:
+    settings = config.load({"SERVICE_DOCK_MAX_RUNS": "3", "SERVICE_A_B_TIMEOUT": "4"}, {})
+    assert set(settings.services) == {"example", "dock", "a_b"}
+    assert settings.services["dock"] == ServiceLimits(max_runs=3)
