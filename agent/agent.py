@@ -71,7 +71,11 @@ class Agent:
         self._attempts_path = settings.workdir / "attempts"
         self._agent_id = ""
         self._instance = secrets.token_hex(8)
-        self._launcher = Launcher(settings.workdir, runner.inherited_environment(os.environ))
+        self._launcher = Launcher(
+            settings.workdir,
+            runner.inherited_environment(os.environ),
+            preparing="agent.isolation.before_exec",
+        )
         self._held: dict[int, _Held] = {}
         self._write_watch = WriteWatch()
         self._snapshots: Snapshots

@@ -288,6 +288,7 @@ class JobDirectory:
             self._variables(),
             self.assign.timeout_seconds,
             self.assign.grace_seconds,
+            ("bash", jobs.RUN_SCRIPT),
         )
         for _ in range(_START_TRIES):
             if self._is_started():

@@ -2,9 +2,13 @@
 
 To start Python costs more than the rest of a small job; to fork a process in which it has
 started costs a small part of that. ``launcher.py`` starts one for an agent, as ``python -E
--s -S -m agent.supervision.forkserver SOCKET WORKDIR``, with the environment that jobs
+-s -S -m agent.supervision.forkserver SOCKET WORKDIR MODULE``, with the environment that jobs
 inherit, so that the agent's token is not in it. A request is one packet with a socket, at
 whose other end the agent gives the new supervisor its jobs.
+
+``MODULE``, if there is one, has a function ``prepare``, which supervisors call before they
+start the program of a job. It is imported here, once; what it does is none of this folder's
+business.
 
 It ends when the agent's end of its own socket is closed, however that came about.
 Supervisors are in sessions of their own and do not need it. It ignores SIGCHLD, so the
@@ -17,6 +21,8 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from agent.supervision import supervisor
 
@@ -25,7 +31,8 @@ _REQUEST_BYTES = 16
 
 def main(arguments: list[str]) -> int:
     """Fork supervisors on request until the agent is gone; returns the exit status."""
-    descriptor, workdir = arguments
+    descriptor, workdir, *preparing = arguments
+    prepare = _preparation(preparing)
     os.chdir(workdir)
     requests = socket.socket(fileno=int(descriptor))
     signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.WATCHED)
@@ -43,9 +50,22 @@ def main(arguments: list[str]) -> int:
         (agent,) = struct.unpack("i", ancillary[0][2])
         if _fork() == 0:
             requests.close()
-            _supervise(agent)
+            _supervise(agent, prepare)
         # without a supervisor that holds it, too, the agent reads its end and asks again
         os.close(agent)
+
+
+def _preparation(modules: list[str]) -> Callable[[Any], None]:
+    """Import the module that is named, if one is; returns its function."""
+    for name in modules:
+        __import__(name)
+        prepare: Callable[[Any], None] = sys.modules[name].prepare
+        return prepare
+
+    def refuse(_: Any) -> None:
+        raise ValueError("no module was named that prepares jobs")
+
+    return refuse
 
 
 def _fork() -> int:
@@ -58,7 +78,7 @@ def _fork() -> int:
         return -1
 
 
-def _supervise(agent: int) -> None:
+def _supervise(agent: int, prepare: Callable[[Any], None]) -> None:
     """Be a supervisor; does not return."""
     status = 1
     try:
@@ -66,7 +86,7 @@ def _supervise(agent: int) -> None:
         # the agent's error output is a pipe, perhaps, and whoever reads it waits for its end
         os.dup2(1, 2)
         gc.enable()
-        supervisor.serve(agent)
+        supervisor.serve(agent, prepare)
         status = 0
     finally:
         os._exit(status)  # an interpreter that tidies up first costs more than the fork

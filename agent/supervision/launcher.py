@@ -14,7 +14,7 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +31,30 @@ _MOST_IDLE = 16  # about 1 MB each; more jobs at a time than that are rarely lit
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
-    """What a supervisor is told: ``variables`` are added to what all jobs inherit."""
+    """What a supervisor is told: ``variables`` are added to what all jobs inherit.
+
+    ``preparation`` is what the launcher's ``preparing`` module is called with, in a thread that
+    then starts the program; None if there is nothing to prepare.
+    """
 
     directory: Path
     variables: Mapping[str, str]
     timeout_seconds: float | None
     grace_seconds: float
+    argv: Sequence[str]
+    preparation: Mapping[str, object] | None = None
 
     def encode(self) -> bytes:
         """Return the packet that a supervisor understands."""
-        fields = [str(self.directory), dict(self.variables)]
-        return json.dumps([*fields, self.timeout_seconds, self.grace_seconds]).encode()
+        order = {
+            "directory": str(self.directory),
+            "argv": list(self.argv),
+            "variables": dict(self.variables),
+            "timeout": self.timeout_seconds,
+            "grace": self.grace_seconds,
+            "preparation": self.preparation,
+        }
+        return json.dumps(order).encode()
 
 
 class LifeLine:
@@ -136,9 +149,15 @@ class _ForkServer:
 class Launcher:
     """Has jobs run, and starts the fork server anew whenever it is found dead."""
 
-    def __init__(self, workdir: Path, environment: Mapping[str, str]) -> None:
-        """``environment`` is all that jobs inherit."""
+    def __init__(
+        self, workdir: Path, environment: Mapping[str, str], preparing: str | None = None
+    ) -> None:
+        """``environment`` is all that jobs inherit; ``preparing`` the name of a module.
+
+        Its function ``prepare`` takes the ``preparation`` of a :class:`LaunchRequest`.
+        """
         self._workdir = workdir
+        self._preparing = preparing
         self._environment = dict(environment)
         self._fork_server: _ForkServer | None = None
         self._idle: list[_Supervisor] = []
@@ -213,6 +232,7 @@ class Launcher:
                 [
                     *(sys.executable, "-E", "-s", "-S", "-m", "agent.supervision.forkserver"),
                     *(str(descriptor), str(self._workdir)),
+                    *(() if self._preparing is None else (self._preparing,)),
                 ],
                 cwd=_APPLICATION,
                 env=self._environment,

@@ -1,6 +1,6 @@
 """The process that outlives the agent: parent of one job's process tree at a time.
 
-``forkserver.py`` forks it. It runs ``bash run.sh`` in ``DIR/job``, waits for it, sees to it
+``forkserver.py`` forks it. It runs a program in ``DIR/job``, waits for it, sees to it
 that nothing of the tree survives, and leaves the exit record in ``DIR/exit``. The agent may
 die and come back meanwhile. Then it waits for the next job of the same agent process, if
 that still lives. It imports little, because there is one for every slot, and nothing of ours.
@@ -9,6 +9,7 @@ Linux only: a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) becomes the parent of
 orphan below it, so that a double fork or setsid() does not escape.
 """
 
+import _thread
 import contextlib
 import ctypes
 import json
@@ -16,6 +17,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 """The signals that a supervisor waits for; they are blocked before it is forked."""
@@ -33,13 +36,20 @@ _prctl = ctypes.CDLL(None, use_errno=True).prctl
 _inherited = dict(os.environ)
 
 
-def serve(agent: int) -> None:
+class NotPrepared(Exception):
+    """The preparation of a job failed, so the job must not be started."""
+
+
+def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     """Run one job after the other, as the agent asks for them on a socket, until it is gone.
 
-    A request is one packet: a JSON list of a job's directory, the variables that are added
-    to its environment, and its time limit and grace period in seconds. One byte in return
-    tells that the job runs, another that it has ended and left no process. The end of the
-    file tells that this process is gone, however it went.
+    A request is one packet, a JSON object: the job's ``directory``, the ``argv`` to run in it,
+    the ``variables`` that are added to its environment, its time limit (``timeout``) and
+    ``grace`` period in seconds. If its ``preparation`` is not null, ``prepare`` is called with
+    it in the thread that starts the program (see :class:`_Starter`).
+
+    One byte in return tells that the job runs, another that it has ended and left no process.
+    The end of the file tells that this process is gone, however it went.
 
     Between two jobs SIGTERM ends it. So a request to kill that comes when the job has just
     ended can't hit the next one: the agent sends that only afterwards.
@@ -49,18 +59,18 @@ def serve(agent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     identity = f"{os.getpid()} {_start_time('self')}"
     while request := _next_request(agent):
-        directory, variables, timeout, grace = json.loads(request)
+        order = json.loads(request)
         try:
-            os.chdir(directory)
+            os.chdir(order["directory"])
             if not _claim(identity):
                 return
             if os.path.exists("kill"):
                 # asked for before the claim, by an agent that did not yet see this process
                 _write_atomically("exit", {"kind": "killed"})
                 return
-            _supervise(variables, timeout, grace, agent)
+            _supervise(order, prepare, agent)
         except BaseException:
-            _log_failure(directory)  # where the agent looks for it
+            _log_failure(order["directory"])  # where the agent looks for it
             raise
         os.chdir("/")
         _tell(agent, _NOTHING_LEFT)
@@ -77,20 +87,23 @@ def _next_request(agent: int) -> bytes:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
-def _supervise(variables: dict[str, str], timeout: float | None, grace: float, agent: int) -> None:
+def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int) -> None:
     """Run the job of this directory to its end.
 
     Nothing is synced. The records are for a successor of the agent; after a restart of the
     machine they would prove nothing, as the files of the job were not synced either.
     """
+    timeout = order["timeout"]
     deadline = None if timeout is None else time.monotonic() + timeout
-    job = _start_job({**_inherited, **variables})
+    starter = _Starter(order["argv"], {**_inherited, **order["variables"]})
+    job = starter.start(prepare, order["preparation"])
     _tell(agent, _JOB_RUNS)
     record = _wait(job, deadline) if job else {"kind": "exited", "code": _CANNOT_START}
     if record["kind"] in ("exited", "signalled"):
         # before the rest of the tree is ended: a crash from here on must not repeat the job
         _write_atomically("exit", record)
-    _end_tree(grace)
+    _end_tree(order["grace"])
+    starter.close()
     if record["kind"] in ("timeout", "killed"):
         _write_atomically("exit", record)
 
@@ -119,21 +132,86 @@ def _claim(identity: str) -> bool:
     return True
 
 
-def _start_job(environment: dict[str, str]) -> int | None:
-    """Start the script; returns its process id, None if that failed."""
-    output = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    own = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.chdir("job")
+class _Starter:
+    """Starts the program of a job in its directory.
+
+    What a job gives up before its program runs (its user, what it may reach, which cores) is
+    given up by a thread, and what that thread starts has it not. The process, with its other
+    thread, keeps what it needs to end the job. That takes a fraction of the time of fork(2)
+    from Python. The thread stays until the job has ended, for whoever asks to be told of the
+    end of its parent (prctl(2), PR_SET_PDEATHSIG) is told of the end of the thread.
+    """
+
+    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
+        self._argv = argv
+        self._environment = environment
+        self._error: BaseException | None = None
+        self._job: int | None = None
+        self._streams: list[int] = []
+        self._has_started = _thread.allocate_lock()
+        self._may_end = _thread.allocate_lock()
+
+    def start(self, prepare: Callable[[Any], None], preparation: Any) -> int | None:
+        """Return the process id of the job, None if there is no such program.
+
+        Raises :class:`NotPrepared` if the preparation failed.
+        """
+        own = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+        # opened here: the thread may not reach them any more
+        output = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        self._streams = [os.open(os.devnull, os.O_RDONLY)]
+        self._streams += [os.open(name, output, 0o644) for name in ("stdout.log", "stderr.log")]
+        try:
+            os.chdir("job")
+            if preparation is None:
+                self._spawn()
+            else:
+                self._spawn_prepared(prepare, preparation)
+        except OSError as error:
+            os.write(self._streams[2], f"cannot start {self._argv[0]}: {error}\n".encode())
+        finally:
+            os.fchdir(own)  # not "..": the job may have moved its directory
+            for descriptor in (own, *self._streams):
+                os.close(descriptor)
+        return self._job
+
+    def close(self) -> None:
+        """Let the thread end."""
+        if self._may_end.locked():
+            self._may_end.release()
+
+    def _spawn_prepared(self, prepare: Callable[[Any], None], preparation: Any) -> None:
+        self._has_started.acquire()
+        self._may_end.acquire()
+        _thread.start_new_thread(self._run_thread, (prepare, preparation))
+        self._has_started.acquire()
+        if self._error is not None:
+            self.close()
+            raise self._error
+
+    def _run_thread(self, prepare: Callable[[Any], None], preparation: Any) -> None:
+        try:
+            try:
+                prepare(preparation)
+            except BaseException as error:
+                raise NotPrepared(f"{type(error).__name__}: {error}") from error
+            self._spawn()
+        except BaseException as error:
+            self._error = error
+            raise  # to nowhere: the error output of a supervisor is /dev/null
+        finally:
+            self._has_started.release()
+        self._may_end.acquire()
+
+    def _spawn(self) -> None:
         # posix_spawn(3) copies no page tables, as fork(2) would
-        return os.posix_spawnp(
-            "bash",
-            ["bash", "run.sh"],
-            environment,
+        self._job = os.posix_spawnp(
+            self._argv[0],
+            self._argv,
+            self._environment,
             file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, "../stdout.log", output, 0o644),
-                (os.POSIX_SPAWN_OPEN, 2, "../stderr.log", output, 0o644),
+                (os.POSIX_SPAWN_DUP2, descriptor, number)
+                for number, descriptor in enumerate(self._streams)
             ],
             # a session of its own: "kill 0" in the script must not reach the supervisor
             setsid=True,
@@ -141,14 +219,6 @@ def _start_job(environment: dict[str, str]) -> int | None:
             # Python ignores these, and an ignored signal stays ignored across exec
             setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
         )
-    except OSError as error:
-        os.fchdir(own)
-        with open("stderr.log", "a", encoding="utf-8") as file:
-            file.write(f"cannot start bash: {error}\n")
-        return None
-    finally:
-        os.fchdir(own)  # not "..": the job may have moved its directory
-        os.close(own)
 
 
 def _wait(job: int, deadline: float | None) -> dict[str, object]:

@@ -149,17 +149,60 @@ async def test_a_supervisor_that_dies_before_it_is_asked_is_replaced(
             await ask(theirs)
 
     monkeypatch.setattr(launcher, "_ask_for_supervisor", ask_in_vain_at_first)
-    life_line = await launcher.launch(LaunchRequest(tmp_path, {}, None, 1.0))
+    life_line = await launcher.launch(LaunchRequest(tmp_path, {}, None, 1.0, ("bash", "run.sh")))
     assert await life_line.nothing_left()
     assert json.loads((tmp_path / "exit").read_text()) == {"kind": "exited", "code": 7}
     assert asked == 2
     launcher.close()
 
 
+async def test_what_a_job_gives_up_before_it_runs_its_supervisor_keeps(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, {"PATH": os.environ["PATH"]}, "agent.isolation.before_exec")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "run.sh").write_text("grep NoNewPrivs /proc/self/status /proc/$PPID/status")
+    request = LaunchRequest(
+        tmp_path, {}, None, 1.0, ("bash", "run.sh"), preparation={"new_privileges": False}
+    )
+    life_line = await launcher.launch(request)
+    assert await life_line.nothing_left()
+    own, of_supervisor = (tmp_path / "stdout.log").read_text().splitlines()
+    assert own.endswith("1")
+    assert of_supervisor.endswith("0")
+    launcher.close()
+
+
+async def test_a_job_whose_preparation_fails_is_not_started(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, {"PATH": os.environ["PATH"]}, "agent.isolation.before_exec")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "run.sh").write_text("touch witness")
+    steps = {"landlock": {"no": "such policy"}, "network": True}
+    request = LaunchRequest(tmp_path, {}, None, 1.0, ("bash", "run.sh"), preparation=steps)
+    life_line = await launcher.launch(request)
+    assert not await life_line.job_runs()
+    assert not (tmp_path / "job" / "witness").exists()
+    assert "NotPrepared" in (tmp_path / "supervisor.log").read_text()
+    launcher.close()
+
+
+async def test_a_program_that_is_not_there_is_an_exit_code(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, {"PATH": os.environ["PATH"]}, "agent.isolation.before_exec")
+    for number, preparation in enumerate((None, {"new_privileges": False})):
+        directory = tmp_path / str(number)
+        (directory / "job").mkdir(parents=True)
+        request = LaunchRequest(directory, {}, None, 1.0, ("no-such-program",), preparation)
+        life_line = await launcher.launch(request)
+        assert await life_line.nothing_left()
+        assert json.loads((directory / "exit").read_text()) == {"kind": "exited", "code": 127}
+        assert "cannot start no-such-program" in (directory / "stderr.log").read_text()
+    launcher.close()
+
+
 async def launched(launcher: Launcher, directory: Path) -> LifeLine:
     """Have a job run as an agent does: once more if its supervisor has died before."""
     for _ in range(2):
-        life_line = await launcher.launch(LaunchRequest(directory, {}, None, 1.0))
+        life_line = await launcher.launch(
+            LaunchRequest(directory, {}, None, 1.0, ("bash", "run.sh"))
+        )
         if await life_line.job_runs():
             return life_line
     raise AssertionError("no supervisor runs the job")
