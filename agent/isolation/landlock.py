@@ -107,10 +107,11 @@ def everything_but(
 ) -> Iterator[tuple[str, bool]]:
     """Yield what together is the whole file system without what is ``hidden``.
 
-    Each is a path, and whether it is a directory. The directories ``homes`` are shown also where they lie in something hidden. In them,
-    entries whose names begin with a dot are left out, as that is where secrets lie, except
-    what ``software`` names (``.local/bin``, say). All paths must be absolute and without links.
-    Links are never yielded: what they lead to is there on its own account, or is not.
+    Each is a path, and whether it is a directory. The directories ``homes`` are shown also
+    where they lie in something hidden. In them, entries whose names begin with a dot are left
+    out, as that is where secrets lie, except what ``software`` names (``.local/bin``, say). All
+    paths must be absolute and without links. Links are never yielded: what they lead to is
+    there on its own account, or is not.
     """
     concealed, dotted = frozenset(hidden), frozenset(homes)
     above = _parents(concealed | dotted)
