@@ -22,14 +22,17 @@ from fleet.snapshot_relay import IncomingSnapshot, SnapshotUnavailable
 from records import (
     Assignment,
     IllegalTransition,
+    JobRequest,
     JobStatus,
     KnownAgent,
     Line,
     Loss,
+    Submission,
     Superseded,
 )
 from scheduler import Counts, FairQueue, FreeSlots
 from storage.database import StoreFull, StoreUnavailable
+from storage.uploads import Upload
 from store import Store
 from wire import messages
 
@@ -216,7 +219,24 @@ class Dispatcher:
         while (line := self._queue.next_for(self._free_slots.offer)) is not None:
             self._give(line)
 
-    def expect(self, line: Line) -> None:
+    # --- what users hand in
+
+    async def submit(self, upload: Upload, request: JobRequest, message: str) -> Submission:
+        """Store a job with its files; one that may run at once is given out along with that.
+
+        Raises as :meth:`Upload.commit`.
+        """
+        if upload.is_little():
+            self._expect(Line(request.service, request.user_id))
+        return await upload.commit(request, message, self.settings.max_queued_jobs)
+
+    async def rerun(self, source_id: int, request: JobRequest, message: str) -> Submission:
+        """Store a job that has the input of another; raises as :meth:`Store.rerun`."""
+        self._expect(Line(request.service, request.user_id))
+        limit = self.settings.max_queued_jobs
+        return await self.store.rerun(source_id, request, message, limit)
+
+    def _expect(self, line: Line) -> None:
         """Have a job that is about to be stored given out along with that, if it may run at once.
 
         Call it in the turn of the event loop that hands the job to the store: what makes the

@@ -24,7 +24,7 @@ from api.tokens import check_user, user_restriction
 from config import MAX_UPLOAD_BYTES, SettingsInForce
 from dispatch import Dispatcher
 from jobs import JobState
-from records import JobRequest, JobStatus, Line, Submission
+from records import JobRequest, JobStatus, Submission
 from storage.uploads import Upload
 from store import Store
 
@@ -85,9 +85,7 @@ class SubmitHandlers:
         upload = self._store.new_upload()
         try:
             job = await self._receive(request, upload)
-            if upload.is_little():
-                self._dispatcher.expect(Line(job.service, job.user_id))
-            submission = await upload.commit(job, message, self._settings.current.max_queued_jobs)
+            submission = await self._dispatcher.submit(upload, job, message)
         finally:
             if upload.has_loose_ends():
                 await asyncio.shield(upload.abandon())
@@ -115,9 +113,7 @@ class SubmitHandlers:
         api_form.checked_service(job.service, self._settings.current.services)
         job = dataclasses.replace(job, idempotency_key=api_form.idempotency_key(request))
         message = f"Job {source_id} successfully submitted again"
-        limit = self._settings.current.max_queued_jobs
-        self._dispatcher.expect(Line(job.service, job.user_id))
-        submission = await self._store.rerun(source_id, job, message, limit)
+        submission = await self._dispatcher.rerun(source_id, job, message)
         return self._answer(submission, message)
 
     def _answer(self, submission: Submission, message: str) -> web.Response:
