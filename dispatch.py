@@ -227,16 +227,16 @@ class Dispatcher:
         Raises as :meth:`Upload.commit`.
         """
         if upload.is_little():
-            self._expect(Line(request.service, request.user_id))
+            self._decide_ahead(Line(request.service, request.user_id))
         return await upload.commit(request, message, self.settings.max_queued_jobs)
 
     async def rerun(self, source_id: int, request: JobRequest, message: str) -> Submission:
         """Store a job that has the input of another; raises as :meth:`Store.rerun`."""
-        self._expect(Line(request.service, request.user_id))
+        self._decide_ahead(Line(request.service, request.user_id))
         limit = self.settings.max_queued_jobs
         return await self.store.rerun(source_id, request, message, limit)
 
-    def _expect(self, line: Line) -> None:
+    def _decide_ahead(self, line: Line) -> None:
         """Have a job that is about to be stored given out along with that, if it may run at once.
 
         Call it in the turn of the event loop that hands the job to the store: what makes the

@@ -1,8 +1,9 @@
-"""What a job is: its states and their transitions, its files."""
+"""What a job is: its states and their transitions, its files, the resources it needs."""
 
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,3 +99,71 @@ class FileSpec:
     name: str
     size: int
     sha256: str
+
+
+# --- resources --------------------------------------------------------------------
+
+MAX_CPUS = 65_536
+MAX_GPUS = 1_024
+MAX_MEMORY_BYTES = 2**50
+MIN_MEMORY_BYTES = 2**20
+
+_MEMORY = re.compile(r"([0-9]{1,20})([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_UNITS = ("", "K", "M", "G", "T")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Resources:
+    """What a job needs, or what an agent has: cores, bytes of memory, GPUs.
+
+    ``memory`` is 0 where nothing is said of it: a job without a limit, an agent that does
+    not know how much it has.
+    """
+
+    cpus: int = 1
+    memory: int = 0
+    gpus: int = 0
+
+    def fits(self, room: Resources) -> bool:
+        """Say whether all of it fits into ``room``."""
+        return self.cpus <= room.cpus and self.memory <= room.memory and self.gpus <= room.gpus
+
+    def __add__(self, other: Resources) -> Resources:
+        return Resources(self.cpus + other.cpus, self.memory + other.memory, self.gpus + other.gpus)
+
+    def __sub__(self, other: Resources) -> Resources:
+        return Resources(self.cpus - other.cpus, self.memory - other.memory, self.gpus - other.gpus)
+
+
+NO_RESOURCES = Resources(0, 0, 0)
+DEFAULT_RESOURCES = Resources()
+"""What a job gets that asks for nothing, of a service that says nothing."""
+
+
+def parse_count(text: str, low: int, high: int) -> int:
+    """Read a number of cores or GPUs; raises :class:`ValueError` with a sentence for users."""
+    if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high:
+        raise ValueError(f"must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def parse_memory(text: str) -> int:
+    """Read an amount of memory: bytes, or with a unit of 1,024 such as ``512M`` or ``8G``.
+
+    Raises :class:`ValueError` with a sentence that fits users.
+    """
+    match = _MEMORY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("must be a number of bytes, or one with a unit, such as 512M or 8G")
+    size = int(match[1]) << 10 * _UNITS.index(match[2].upper())
+    if not MIN_MEMORY_BYTES <= size <= MAX_MEMORY_BYTES:
+        raise ValueError("must be from 1M to 1024T")
+    return size
+
+
+def memory_text(size: int) -> str:
+    """Write an amount of memory for a reader, such as ``8 GB``; units are of 1,024 bytes."""
+    amount, unit = float(size), 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:.1f}".removesuffix(".0") + f" {_UNITS[unit]}B"

@@ -9,7 +9,7 @@ import enum
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from jobs import FileSpec, JobState
+from jobs import DEFAULT_RESOURCES, FileSpec, JobState, Resources
 
 PROTOCOL_VERSION = 1
 
@@ -29,22 +29,31 @@ class AttemptPhase(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
-    """An attempt that a connecting agent still holds; ``input_offset`` is what it has on disk."""
+    """An attempt that a connecting agent still holds; ``input_offset`` is what it has on disk.
+
+    ``incarnation`` is the one of the :class:`Welcome` after which the attempt was assigned;
+    empty for an attempt of an agent that did not know incarnations.
+    """
 
     job_id: int
     attempt_id: int
     phase: AttemptPhase
     input_offset: int
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptAttempt:
-    """The server wants this attempt to go on, and has its result and output up to the offsets."""
+    """The server wants this attempt to go on, and has its result and output up to the offsets.
+
+    ``incarnation`` is what the agent said of it: ids alone may be given out twice.
+    """
 
     attempt_id: int
     result_offset: int
     stdout_offset: int
     stderr_offset: int
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,14 @@ class Hello:
 
     ``agent_id`` outlives the process, ``instance`` does not: the same instance may
     replace its own half-dead connection at once, another one must wait its turn.
+
+    ``secret`` is made by the agent together with its id (at least 32 characters) and kept beside
+    it. The server remembers it from the first contact on, so that knowing an id does not make an
+    agent; None for an agent that does not know of secrets.
+
+    ``resources`` is all that the agent has, in use or free; what is free follows from what it
+    holds. An agent that was told a number of slots and no number of cores has at least as many
+    cores as slots. None, from an agent that does not know resources: a core for each slot.
     """
 
     protocol: int
@@ -65,6 +82,8 @@ class Hello:
     slots: int
     services: tuple[str, ...] | None
     attempts: tuple[HeldAttempt, ...]
+    secret: str | None = None
+    resources: Resources | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +91,9 @@ class Welcome:
     """Server's answer to :class:`Hello`: what to keep, and the channel's rhythm in seconds.
 
     Attempts of the agent that are not in ``keep`` are superseded: kill and remove them.
+    ``incarnation`` names the life of the database in which what is assigned from now on has its
+    id. Each start of a server has another one, so a database that was restored or copied never
+    means the same attempt by the same id and incarnation.
     """
 
     protocol: int
@@ -79,6 +101,7 @@ class Welcome:
     lease_seconds: float
     heartbeat_seconds: float
     keep: tuple[KeptAttempt, ...]
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +146,7 @@ class Assign:
     grace_seconds: float
     output: OutputLimits
     files: tuple[FileSpec, ...]
+    resources: Resources = DEFAULT_RESOURCES
 
 
 @dataclass(frozen=True, slots=True)
