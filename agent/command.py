@@ -18,10 +18,13 @@ from urllib.parse import urlsplit
 import config
 import runtime
 from agent.agent import Agent
+from agent.executors.local import LocalExecutor
+from agent.job_environment import inherited_environment
 from agent.settings import AgentRefused, AgentSettings
 from config import ConfigError, LogFormat
 from runtime import first_failure
 from telemetry import logs
+from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.agent")
 
@@ -123,7 +126,10 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
     if options.embedded:
         loop.add_reader(sys.stdin.fileno(), stop.set)  # end of file: the server is gone
-    agent = Agent(settings)
+    executor = LocalExecutor(
+        settings.workdir, inherited_environment(os.environ), preparing="agent.isolation.before_exec"
+    )
+    agent = Agent(settings, executor)
     serving = asyncio.create_task(agent.run(), name="agent")
     await _first_of(serving, stop.wait())
     if options.embedded:
@@ -134,7 +140,7 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
     serving.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await serving
-    log.info("event=agent_stopped agent=%s", settings.name)
+    event(log, "agent_stopped", agent=settings.name)
 
 
 async def _first_of(

@@ -9,6 +9,8 @@ import os
 import struct
 from pathlib import Path
 
+from telemetry.logs import event
+
 log = logging.getLogger("orchestrator.agent")
 
 _IN_MODIFY = 0x00000002
@@ -38,7 +40,7 @@ class WriteWatch:
             watch = self._add(path)
         except OSError as error:
             if not self._has_failed:
-                log.warning("event=unwatched path=%s error=%r", path, str(error))
+                event(log, "unwatched", level=logging.WARNING, path=path, error=str(error))
             self._has_failed = True
             asyncio.get_running_loop().call_later(_UNWATCHED_SECONDS, written.set)
         else:
@@ -46,8 +48,8 @@ class WriteWatch:
 
     def disarm(self, written: asyncio.Event) -> None:
         """Forget the files for which ``written`` was to be set."""
-        for watch, event in list(self._waiting.items()):
-            if event is written:
+        for watch, is_written in list(self._waiting.items()):
+            if is_written is written:
                 del self._waiting[watch]
                 _libc().inotify_rm_watch(self._descriptor, watch)
 
@@ -75,11 +77,11 @@ class WriteWatch:
             watch, mask, _, length = _EVENT.unpack_from(data, at)
             at += _EVENT.size + length
             if mask & _IN_Q_OVERFLOW:
-                for event in self._waiting.values():
-                    event.set()
+                for is_written in self._waiting.values():
+                    is_written.set()
             # a watch that fired, or whose file is gone, is none any more
-            elif event_or_none := self._waiting.pop(watch, None):
-                event_or_none.set()
+            elif is_written_or_none := self._waiting.pop(watch, None):
+                is_written_or_none.set()
 
 
 def _libc() -> ctypes.CDLL:

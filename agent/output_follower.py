@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from agent.attempt_directory import CapturedLog
+from agent.captured_log import CapturedLog
 from agent.inotify import WriteWatch
 from wire.frames import CHUNK_BYTES, LIVE_STREAMS, Stream, transfer_id
 from wire.outbox import NO_GAP, Outbox

@@ -7,15 +7,44 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from agent.attempt_directory import JobDirectory, SnapshotImpossible
-from wire.frames import CHUNK_BYTES
+from agent import results, trees
+from agent.attempt_directory import AttemptDirectory
+from agent.attempts import Attempt
+from archive.writer import new_zip
+from wire import messages
+from wire.frames import CHUNK_BYTES, Stream, transfer_id
+from wire.outbox import Outbox
 
 _AT_A_TIME = 4
+
+
+class SnapshotImpossible(Exception):
+    """The job's files can't be archived while it runs; the message says why."""
+
+
+def archive(directory: AttemptDirectory, target: Path, stop: threading.Event) -> None:
+    """Archive to ``target`` what a job has now, while it goes on; until ``stop`` is set.
+
+    What changes meanwhile may be in it in a state of any moment, or be missing. Raises
+    :class:`SnapshotImpossible` if it is more than a result may be.
+    """
+    limits, top = directory.assign.output, directory.path / "job"
+    if results.excess_of(results.measure(top, limits.result_files), limits):
+        raise SnapshotImpossible("the job's files are more, or larger, than a result may be")
+    with new_zip(target) as writer:
+        results.write_files(writer, _until(stop, trees.walk(top)), directory.logs())
+
+
+def _until(stop: threading.Event, entries: Iterator[trees.Entry]) -> Iterator[trees.Entry]:
+    for entry in entries:
+        if stop.is_set():
+            raise SnapshotImpossible("it is no longer wanted")
+        yield entry
 
 
 class Snapshots:
@@ -30,7 +59,7 @@ class Snapshots:
         self._numbers = itertools.count(1)
 
     @asynccontextmanager
-    async def of(self, directory: JobDirectory) -> AsyncIterator[Path]:
+    async def of(self, directory: AttemptDirectory) -> AsyncIterator[Path]:
         """Give a ZIP of the directory as it is now, which is removed in the end.
 
         Raises :class:`SnapshotImpossible` with the reason.
@@ -42,7 +71,7 @@ class Snapshots:
         self._present += 1
         path, stop = self._root / f"{next(self._numbers)}.zip", threading.Event()
         self._root.mkdir(mode=0o700, exist_ok=True)
-        making = self._thread.submit(directory.snapshot, path, stop)
+        making = self._thread.submit(archive, directory, path, stop)
         try:
             await asyncio.wrap_future(making)
             yield path
@@ -59,7 +88,56 @@ class Snapshots:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def read_piece(path: Path, offset: int) -> bytes:
+class SnapshotRequests:
+    """The requests of one connection, each answered by a task of its own."""
+
+    def __init__(self, snapshots: Snapshots, outbox: Outbox, tasks: asyncio.TaskGroup) -> None:
+        self._snapshots = snapshots
+        self._outbox = outbox
+        self._tasks = tasks
+        self._answers: dict[int, asyncio.Task[None]] = {}
+
+    def answer(self, request_id: int, attempt: Attempt | None) -> None:
+        """Make and send a ZIP of the attempt; says so if there is no such attempt."""
+        self.withdraw(request_id)
+        self._answers[request_id] = self._tasks.create_task(
+            self._answer(request_id, attempt), name=f"snapshot {request_id}"
+        )
+
+    def withdraw(self, request_id: int) -> None:
+        """Forget a request, answered or not."""
+        if answer := self._answers.pop(request_id, None):
+            answer.cancel()
+
+    def close(self) -> None:
+        """Forget them all."""
+        for request_id in list(self._answers):
+            self.withdraw(request_id)
+
+    async def _answer(self, request_id: int, attempt: Attempt | None) -> None:
+        """Ends by cancellation, when the server or the connection does."""
+        transfer = transfer_id(request_id, Stream.SNAPSHOT)
+        try:
+            if attempt is None:
+                raise SnapshotImpossible("the agent no longer has the job")
+            async with self._snapshots.of(attempt.directory) as path:
+                if attempt.is_gone:
+                    raise SnapshotImpossible("the job has ended meanwhile")
+
+                async def source(offset: int) -> bytes:
+                    return await asyncio.to_thread(_read_piece, path, offset)
+
+                size = path.stat().st_size
+                self._outbox.put(messages.SnapshotReady(request_id, size))
+                self._outbox.open(transfer, source, 0, size)
+                await asyncio.Event().wait()
+        except SnapshotImpossible as error:
+            self._outbox.put(messages.SnapshotRefused(request_id, str(error)))
+        finally:
+            self._outbox.close(transfer)
+
+
+def _read_piece(path: Path, offset: int) -> bytes:
     """Return one chunk of a ZIP; nothing if it was removed, for then nobody wants it."""
     with suppress(FileNotFoundError), open(path, "rb") as file:
         return os.pread(file.fileno(), CHUNK_BYTES, offset)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent.settings import AgentRefused
+from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.agent")
 
@@ -55,7 +56,7 @@ async def _take_lock(descriptor: int, workdir: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         if not is_told:
-            log.info("event=waiting_for_other_agent workdir=%s seconds=%g", workdir, _LOCK_SECONDS)
+            event(log, "waiting_for_other_agent", workdir=workdir, seconds=_LOCK_SECONDS)
             is_told = True
         await asyncio.sleep(_LOCK_PAUSE_SECONDS)
 

@@ -8,7 +8,6 @@ parentheses are its sections.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import shutil
@@ -18,8 +17,8 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -29,9 +28,6 @@ _WORTHWHILE = 0.9  # a sample that shrinks less than to this share is stored as 
 _LEVEL = 1
 _RAW = -15  # window bits of a deflate stream without a zlib header
 _DIRECTORY_BYTES_IN_MEMORY = 256 * 1024
-_NAMES_AT_A_TIME = 4096
-_CHANGED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EINVAL)
-"""How the opening of a file fails that may not be read, or is not any more what it was."""
 LONGEST_MEMBER_NAME = 65535  # bytes; the format has 16 bits for it
 
 _STORED, _DEFLATED = 0, 8
@@ -50,9 +46,6 @@ _END = struct.Struct("<4s4H2LH")  # (4.3.16)
 _TIMESTAMP = struct.Struct("<HHBl")  # Info-ZIP's extended timestamp, 0x5455
 _ZIP64_SIZES = struct.Struct("<HH2Q")  # (4.5.3) in a local header
 _ZIP64_ALL = struct.Struct("<HH3Q")  # (4.5.3) in the central directory
-
-
-# --- the format -------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -204,151 +197,8 @@ def _deflated(data: bytes) -> bytes:
     return zlib.compress(data, _LEVEL, _RAW)
 
 
-# --- a directory ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Something below a directory: open directory, name in it, name in the archive."""
-
-    directory: int
-    name: str
-    archive_name: str
-    status: os.stat_result
-
-
-@dataclass(slots=True)
-class _Level:
-    """A directory on the way down: which it is, where its path ends, what is still below it."""
-
-    identity: tuple[int, int]
-    path_length: int
-    below: list[str] = field(default_factory=list)
-
-
-def walk(top: Path) -> Iterator[Entry]:
-    """Yield everything below ``top``, parents first, without following links.
-
-    By one directory descriptor that goes down and, by way of "..", up again: neither the
-    length of a path nor the depth of a tree matters. Names of files are read in portions, so
-    their number does not matter either. An entry's descriptor is valid until the next entry
-    is asked for. What vanishes meanwhile is passed over, and a directory that is moved away
-    while it is read ends the walk, which would go on elsewhere.
-    """
-    try:
-        directory = open_directory(str(top), None)
-    except (FileNotFoundError, NotADirectoryError):
-        return  # the job removed its own directory
-    path = ""
-    levels = [_Level(_identity(directory), 0)]
-    try:
-        yield from _entries(directory, path, levels[-1].below)
-        while levels:
-            level = levels[-1]
-            if level.below:
-                name = level.below.pop()
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    directory = _replace_directory(directory, name)
-                    path += printable(name) + "/"
-                    levels.append(_Level(_identity(directory), len(path)))
-                    yield from _entries(directory, path, levels[-1].below)
-                continue
-            levels.pop()
-            if levels:
-                directory = _replace_directory(directory, "..")
-                path = path[: levels[-1].path_length]
-                if _identity(directory) != levels[-1].identity:
-                    return
-    finally:
-        os.close(directory)
-
-
-def _entries(directory: int, path: str, below: list[str]) -> Iterator[Entry]:
-    """Yield what is in an open directory, and put the directories there into ``below``."""
-    for name, status in _list(directory):
-        is_directory = stat.S_ISDIR(status.st_mode)
-        archive_name = path + printable(name) + ("/" if is_directory else "")
-        yield Entry(directory, name, archive_name, status)
-        if is_directory:
-            below.append(name)
-    below.reverse()
-
-
-def _identity(directory: int) -> tuple[int, int]:
-    status = os.fstat(directory)
-    return status.st_dev, status.st_ino
-
-
-def _list(directory: int) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield names and states, in the order of the names unless they are very many."""
-    for names in portions_of_names(directory):
-        for name in names:
-            with suppress(FileNotFoundError):
-                yield name, os.stat(name, dir_fd=directory, follow_symlinks=False)
-
-
-def portions_of_names(directory: int) -> Iterator[list[str]]:
-    """Yield the names in an open directory, some thousands at a time, each portion sorted."""
-    with os.scandir(directory) as entries:
-        while names := [entry.name for entry in itertools.islice(entries, _NAMES_AT_A_TIME)]:
-            yield sorted(names)
-
-
-def _replace_directory(directory: int, name: str) -> int:
-    other = open_directory(name, directory)
-    os.close(directory)
-    return other
-
-
-def open_directory(name: str, parent: int | None) -> int:
-    """Open a directory, but no link to one; one whose mode forbids it is made readable."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(name, flags, dir_fd=parent)
-    except PermissionError:
-        os.chmod(name, 0o700, dir_fd=parent)  # it is ours, only its mode forbids
-        return os.open(name, flags, dir_fd=parent)
-
-
-def printable(name: str) -> str:
-    """Return a name that ZIP can hold: bytes that are not UTF-8 are shown as ``\\xNN``."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
-
-
-def add_entry(archive: ZipWriter, entry: Entry) -> bool:
-    """Add a file, directory or link; skips sockets, fifos and devices. False if it can't be."""
-    mode = entry.status.st_mode
-    if len(entry.archive_name.encode()) > LONGEST_MEMBER_NAME:
-        return False
-    try:
-        if stat.S_ISDIR(mode):
-            archive.add(entry.archive_name, entry.status, ())
-        elif stat.S_ISLNK(mode):
-            target = os.fsencode(os.readlink(entry.name, dir_fd=entry.directory))
-            archive.add(entry.archive_name, entry.status, [target])
-        elif stat.S_ISREG(mode):
-            with _open_file(entry) as source:
-                size = entry.status.st_size
-                archive.add(entry.archive_name, entry.status, read_pieces(source, size))
-    except OSError as error:
-        if error.errno not in _CHANGED:
-            raise
-        return False
-    return True
-
-
 def read_pieces(source: IO[bytes], size: int) -> Iterator[bytes]:
     """Yield the next ``size`` bytes, fewer if there are not as many."""
     while size > 0 and (piece := source.read(min(size, _COPY_BYTES))):
         yield piece
         size -= len(piece)
-
-
-def _open_file(entry: Entry) -> IO[bytes]:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        return os.fdopen(os.open(entry.name, flags, dir_fd=entry.directory), "rb", buffering=0)
-    except PermissionError:
-        # it is ours, only its mode forbids; the archive keeps that mode
-        os.chmod(entry.name, entry.status.st_mode | stat.S_IRUSR, dir_fd=entry.directory)
-        return os.fdopen(os.open(entry.name, flags, dir_fd=entry.directory), "rb", buffering=0)

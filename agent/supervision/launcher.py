@@ -63,19 +63,19 @@ class LifeLine:
     def __init__(self, on_close: Callable[[], None]) -> None:
         self._on_close = on_close
         self._job_runs = False
-        self._nothing_left = False
+        self._is_nothing_left = False
         self._first_word = asyncio.Event()
         self._end = asyncio.Event()
 
-    async def job_runs(self) -> bool:
+    async def wait_for_start(self) -> bool:
         """Wait until the job runs (True) or it is certain that this supervisor won't run it."""
         await self._first_word.wait()
         return self._job_runs
 
-    async def nothing_left(self) -> bool:
+    async def wait_for_end(self) -> bool:
         """Wait for the end of the job (True) or of its supervisor, which left processes behind."""
         await self._end.wait()
-        return self._nothing_left
+        return self._is_nothing_left
 
     def has_ended(self) -> bool:
         """Whether the supervisor has nothing more to do with the job."""
@@ -90,9 +90,9 @@ class LifeLine:
     def hear(self, word: bytes) -> None:
         """Take what the supervisor says; nothing means that it is gone."""
         self._job_runs |= word == _JOB_RUNS
-        self._nothing_left |= word == _NOTHING_LEFT
+        self._is_nothing_left |= word == _NOTHING_LEFT
         self._first_word.set()
-        if self._nothing_left or not word:
+        if self._is_nothing_left or not word:
             self._end.set()
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent import trees
 from archive import writer as archive
 from tests.harness import PROJECT, run
 
@@ -20,8 +21,8 @@ _MIB = 1024 * 1024
 
 def pack(directory: Path, target: Path) -> None:
     with archive.new_zip(target) as writer:
-        for entry in archive.walk(directory):
-            assert archive.add_entry(writer, entry)
+        for entry in trees.walk(directory):
+            assert trees.add_entry(writer, entry)
 
 
 async def assert_valid(path: Path) -> None:
@@ -113,7 +114,7 @@ async def test_a_deep_tree_and_many_files_grow_no_memory(tmp_path: Path) -> None
     import os, resource, sys
     from pathlib import Path
     from archive import writer as archive
-    from agent import attempt_directory as runner
+    from agent import trees
     os.chdir(sys.argv[1]); os.mkdir("tree"); os.chdir("tree")
     for number in range(10000):
         os.close(os.open(f"file-{number}", os.O_CREAT | os.O_WRONLY))
@@ -123,9 +124,9 @@ async def test_a_deep_tree_and_many_files_grow_no_memory(tmp_path: Path) -> None
     def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     before, skipped = peak(), 0
     with archive.new_zip(Path("out.zip")) as writer:
-        for entry in archive.walk(Path("tree")):
-            skipped += not archive.add_entry(writer, entry)
-    runner._remove_tree(Path("tree"))
+        for entry in trees.walk(Path("tree")):
+            skipped += not trees.add_entry(writer, entry)
+    trees.remove_tree(Path("tree"))
     print(skipped, os.path.exists("tree"), peak() - before)
     """
     code, output = await run(sys.executable, "-c", script, str(tmp_path), cwd=PROJECT)

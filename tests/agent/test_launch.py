@@ -129,7 +129,7 @@ async def test_a_late_request_to_kill_a_job_does_not_hit_the_next_one(tmp_path: 
         pid = int(os.readlink(directory / "process").split()[0])
         wait_for_file(directory / "exit")
         os.kill(pid, signal.SIGTERM)
-        assert await life_line.nothing_left()
+        assert await life_line.wait_for_end()
         assert json.loads((directory / "exit").read_text()) == {"kind": "exited", "code": 0}
     launcher.close()
 
@@ -150,7 +150,7 @@ async def test_a_supervisor_that_dies_before_it_is_asked_is_replaced(
 
     monkeypatch.setattr(launcher, "_ask_for_supervisor", ask_in_vain_at_first)
     life_line = await launcher.launch(LaunchRequest(tmp_path, {}, None, 1.0, ("bash", "run.sh")))
-    assert await life_line.nothing_left()
+    assert await life_line.wait_for_end()
     assert json.loads((tmp_path / "exit").read_text()) == {"kind": "exited", "code": 7}
     assert asked == 2
     launcher.close()
@@ -164,7 +164,7 @@ async def test_what_a_job_gives_up_before_it_runs_its_supervisor_keeps(tmp_path:
         tmp_path, {}, None, 1.0, ("bash", "run.sh"), preparation={"new_privileges": False}
     )
     life_line = await launcher.launch(request)
-    assert await life_line.nothing_left()
+    assert await life_line.wait_for_end()
     own, of_supervisor = (tmp_path / "stdout.log").read_text().splitlines()
     assert own.endswith("1")
     assert of_supervisor.endswith("0")
@@ -178,7 +178,7 @@ async def test_a_job_whose_preparation_fails_is_not_started(tmp_path: Path) -> N
     steps = {"landlock": {"no": "such policy"}, "network": True}
     request = LaunchRequest(tmp_path, {}, None, 1.0, ("bash", "run.sh"), preparation=steps)
     life_line = await launcher.launch(request)
-    assert not await life_line.job_runs()
+    assert not await life_line.wait_for_start()
     assert not (tmp_path / "job" / "witness").exists()
     assert "NotPrepared" in (tmp_path / "supervisor.log").read_text()
     launcher.close()
@@ -191,7 +191,7 @@ async def test_a_program_that_is_not_there_is_an_exit_code(tmp_path: Path) -> No
         (directory / "job").mkdir(parents=True)
         request = LaunchRequest(directory, {}, None, 1.0, ("no-such-program",), preparation)
         life_line = await launcher.launch(request)
-        assert await life_line.nothing_left()
+        assert await life_line.wait_for_end()
         assert json.loads((directory / "exit").read_text()) == {"kind": "exited", "code": 127}
         assert "cannot start no-such-program" in (directory / "stderr.log").read_text()
     launcher.close()
@@ -203,7 +203,7 @@ async def launched(launcher: Launcher, directory: Path) -> LifeLine:
         life_line = await launcher.launch(
             LaunchRequest(directory, {}, None, 1.0, ("bash", "run.sh"))
         )
-        if await life_line.job_runs():
+        if await life_line.wait_for_start():
             return life_line
     raise AssertionError("no supervisor runs the job")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import trees
 from archive import writer as archive
 from fleet.snapshot_relay import IncomingSnapshot, SnapshotUnavailable
 from tests.harness import AgentProcess, Answer, Server, curl, eventually, run, running_server
@@ -182,8 +183,8 @@ def test_a_tree_that_changes_while_it_is_read_is_archived_all_the_same(tmp_path:
     try:
         for _ in range(40):
             with archive.new_zip(tmp_path / "target.zip") as writer:
-                for entry in archive.walk(top):
-                    archive.add_entry(writer, entry)
+                for entry in trees.walk(top):
+                    trees.add_entry(writer, entry)
             with zipfile.ZipFile(tmp_path / "target.zip") as archived:
                 assert archived.testzip() is None
     finally:
@@ -196,7 +197,7 @@ def test_a_directory_that_is_moved_away_does_not_lead_the_walk_elsewhere(tmp_pat
     (tmp_path / "job" / "a" / "b" / "inner").touch()
     (tmp_path / "other" / "secret").mkdir(parents=True)
     seen = []
-    for entry in archive.walk(tmp_path / "job"):
+    for entry in trees.walk(tmp_path / "job"):
         seen.append(entry.archive_name)
         if entry.name == "inner":
             (tmp_path / "job" / "a" / "b").rename(tmp_path / "other" / "b")

@@ -1,0 +1,107 @@
+"""The seam between an attempt and what runs its job.
+
+An executor is made once for an agent and gives one :class:`Execution` for each attempt, a new
+one as well as one that an earlier process of the agent left. What an execution must know after a
+restart lies in the attempt's directory: before it starts anything, it writes there who it is
+(:meth:`agent.attempt_directory.AttemptDirectory.claim`). So a crash at any instant leaves either
+nothing started, or a record by which the next process finds what was.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from agent.attempt_directory import AttemptDirectory
+from agent.outcomes import Exit
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is to run in the directory ``job`` of an attempt, and within which limits.
+
+    ``variables`` are added to what all jobs inherit. ``preparation`` is for the process between
+    fork and exec; nobody on the way looks into it. ``timeout_seconds`` None means no limit;
+    ``grace_seconds`` lie between SIGTERM and SIGKILL.
+    """
+
+    argv: Sequence[str]
+    variables: Mapping[str, str]
+    timeout_seconds: float | None
+    grace_seconds: float
+    preparation: Mapping[str, object] | None = None
+
+
+class Execution(ABC):
+    """One attempt's job: started once, waited for, ended, adopted."""
+
+    @abstractmethod
+    def is_started(self) -> bool:
+        """Whether the job was started, perhaps by an earlier process of the agent.
+
+        Answered from the attempt's directory alone, at once.
+        """
+
+    @abstractmethod
+    def check_adopted(self) -> None:
+        """Raise :class:`~agent.outcomes.JobLost` if what an earlier process left can't be trusted.
+
+        Asked of every attempt without a result, new or found, before anything else.
+        """
+
+    @abstractmethod
+    async def start(self, command: Command, on_reason: Callable[[str], None]) -> None:
+        """Start the job; returns when it runs, which may take as long as it takes.
+
+        Starts it once however often asked, also by different processes of the agent, and also
+        if a call is cancelled at any point. ``on_reason`` is told why it does not run yet,
+        whenever that changes. Raises :class:`~agent.outcomes.JobLost` if it can't be started
+        here.
+        """
+
+    @abstractmethod
+    async def wait(self) -> Exit:
+        """Wait until the job and all its processes are gone, and say how it ended.
+
+        Works as well for a job that another process of the agent started: so it is adopted.
+        Raises :class:`~agent.outcomes.JobLost` if it vanished and left no exit record.
+        """
+
+    @abstractmethod
+    async def kill(self) -> Exit:
+        """End the job with all its processes, whatever its state; returns when they are gone.
+
+        Says how the job ended, which may have been by itself, just before. A job that was not
+        started is never started after this.
+        """
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Remove what is left of the job outside its directory, which is removed next."""
+
+
+class Executor(ABC):
+    """One way to run jobs."""
+
+    name: str
+    """What stands in the directory of an attempt that this executor started."""
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Do what all executions have need of; cancelled when the agent ends.
+
+        May return at once. Called before the first attempt is taken up.
+        """
+
+    def problem(self) -> str | None:
+        """Say what keeps this executor from starting any job at all; None if nothing does."""
+        return None
+
+    @abstractmethod
+    def execution(self, directory: AttemptDirectory) -> Execution:
+        """Return the execution of an attempt, new or left by an earlier process."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything; jobs go on."""

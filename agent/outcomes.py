@@ -1,0 +1,34 @@
+"""How an attempt may come out, as the rooms of the agent tell each other."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class JobLost(Exception):
+    """The attempt can't go on here; the message says why. Another attempt may succeed."""
+
+
+class JobInvalid(Exception):
+    """The job can't run anywhere; the message says why."""
+
+
+class ExitKind(enum.StrEnum):
+    """How a job ended."""
+
+    EXITED = "exited"
+    SIGNALLED = "signalled"
+    TIMEOUT = "timeout"
+    KILLED = "killed"
+    ENDED_OUTSIDE = "ended outside"
+    """By somebody else: not by itself, by us or for a reason of ours; the message says by whom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a job ended; ``code`` is the exit code or the signal's number, if there is one."""
+
+    kind: ExitKind
+    code: int = 0
+    message: str = ""
