@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness import AgentProcess, Server, running_server
+from tests.slurm_cluster import SlurmCluster, missing_program, running_slurm
 
 
 def pytest_configure() -> None:
@@ -48,3 +50,16 @@ async def new_agent(bare_server: Server) -> AsyncIterator[Callable[[str], AgentP
     for agent in made:
         if agent.process is not None:
             await agent.kill()
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A real Slurm of one node; one for each process of the tests."""
+    if program := missing_program():
+        pytest.skip(f"{program} is not installed (Debian: slurm-wlm, munge)")
+    # not pytest's own directory: a socket's path must be short
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as directory,
+        running_slurm(Path(directory) / "slurm") as cluster,
+    ):
+        yield cluster
