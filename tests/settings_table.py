@@ -11,7 +11,7 @@ from pathlib import Path
 import config
 
 README = Path(__file__).parent.parent / "README.md"
-_IN_WORDS = re.compile(r"none|[a-z]+ .*")
+_IN_WORDS = re.compile(r"none|[a-z]+,? .*")
 
 
 def _row(prefix: str, setting: config.Setting) -> str:
