@@ -11,6 +11,8 @@ from agent.command import default_workdir
 from config import ConfigError, ServiceLimits
 from tests.settings_table import README, with_tables
 
+pytestmark = pytest.mark.quick
+
 
 def test_later_places_win(tmp_path: Path) -> None:
     file = tmp_path / "orchestrator.toml"

@@ -12,6 +12,8 @@ import pytest
 
 from tests.harness import PROJECT, run
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "command",

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from jobs import NO_RESOURCES, Resources, memory_text, parse_count, parse_memory
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("text", "size"),

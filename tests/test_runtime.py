@@ -11,6 +11,8 @@ import pytest
 
 from tests.harness import PROJECT
 
+pytestmark = pytest.mark.quick
+
 ASK = """
 import asyncio, sys
 sys.modules.update({modules})

@@ -16,6 +16,8 @@ from agent import trees
 from archive import writer as archive
 from tests.harness import PROJECT, run
 
+pytestmark = pytest.mark.quick
+
 _MIB = 1024 * 1024
 
 

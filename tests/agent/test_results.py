@@ -15,6 +15,8 @@ from agent.results import Result
 from jobs import FileSpec, JobState
 from wire.messages import Assign, Finished, OutputLimits
 
+pytestmark = pytest.mark.quick
+
 _KIB = 1024
 _LEFT: dict[str, dict[str, int]] = {
     "as many files and bytes as are small": {f"job/{n}": 1310 for n in range(50)},

@@ -12,6 +12,8 @@ from jobs import JobState
 from records import IllegalTransition
 from tests.storage.test_store import begin, make_job, opened, report
 
+pytestmark = pytest.mark.quick
+
 
 def transition(number: int, job_id: int) -> Transition:
     return Transition(number, job_id, 1, "example", 0, 0.0, None, JobState.QUEUED, "test")

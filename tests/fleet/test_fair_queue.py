@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -15,6 +16,8 @@ from events import Transition
 from jobs import ACTIVE_STATES, JobState
 from records import Line
 from scheduler import Counts, FairQueue, FreeSlots
+
+pytestmark = pytest.mark.quick
 
 _LIMITS = {"dock": ServiceLimits(runs_per_user=2, max_runs=3), "fold": ServiceLimits(1, 5)}
 _SERVICES = sorted(_LIMITS)

@@ -23,6 +23,8 @@ from store import Store
 from tests.storage.test_store import begin, make_job, opened, run_job
 from wire.messages import Finished
 
+pytestmark = pytest.mark.quick
+
 RESULT = b"zip"
 
 

@@ -42,6 +42,8 @@ from store import Store
 from wire.frames import CHUNK_BYTES, Stream
 from wire.messages import Finished
 
+pytestmark = pytest.mark.quick
+
 NO_LIMIT = 1_000_000
 
 

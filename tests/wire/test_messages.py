@@ -24,6 +24,8 @@ from wire.frames import (
 )
 from wire.messages import ProtocolError
 
+pytestmark = pytest.mark.quick
+
 _INTEGERS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 _NUMBERS = st.floats(min_value=-1e11, max_value=1e11)
 _TEXT = st.text(st.characters(codec="utf-8"))

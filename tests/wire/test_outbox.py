@@ -12,6 +12,8 @@ from wire import codec, messages
 from wire.frames import CHUNK_BYTES, READ_BYTES, WINDOW_BYTES, Frame, decode_frame
 from wire.outbox import Outbox
 
+pytestmark = pytest.mark.quick
+
 
 class RecordingSocket:
     """Takes what is sent; ``on_frame`` may react to each binary frame."""
