@@ -25,15 +25,15 @@ from records import (
     JobRequest,
     JobStatus,
     KnownAgent,
-    Line,
     Loss,
+    StoreFull,
+    StoreUnavailable,
     Submission,
     Superseded,
+    UserQueue,
 )
 from scheduler import Counts, FairQueue, FreeSlots
-from storage.database import StoreFull, StoreUnavailable
-from storage.uploads import Upload
-from store import Store
+from store import Store, Upload
 from wire import messages
 
 log = logging.getLogger("orchestrator.dispatch")
@@ -125,7 +125,7 @@ class Dispatcher:
         """Return how many jobs of a service wait and are active."""
         return self._queue.counts_of_service(name)
 
-    def why_waiting(self, line: Line) -> str:
+    def why_waiting(self, line: UserQueue) -> str:
         """Say in words what a job in this line waits for."""
         connected = [agent for agent in self._agents.values() if agent.session is not None]
         offering = [agent for agent in connected if agent.offers(line.service)]
@@ -154,11 +154,11 @@ class Dispatcher:
         Returns all of them, connected ones first; none if there was never one. Those that
         are away are drained, too.
         """
-        return self._note_drained(await self.store.set_drained(name, True), True)
+        return self._note_drained(await self.store.agents.set_drained(name, True), True)
 
     async def resume(self, name: str) -> list[AgentStatus]:
         """Give jobs again to the agents of this name or id; returns them as :meth:`drain`."""
-        return self._note_drained(await self.store.set_drained(name, False), False)
+        return self._note_drained(await self.store.agents.set_drained(name, False), False)
 
     def _note_drained(self, known: list[KnownAgent], is_drained: bool) -> list[AgentStatus]:
         found = [self._agents.setdefault(k.id, Agent(k.id, k.name)) for k in known]
@@ -191,16 +191,16 @@ class Dispatcher:
                 )
 
     async def _load(self) -> None:
-        for active in await self.store.active_jobs():
-            self._queue.count(active.job.line, waiting=0, active=1)
+        for active in await self.store.attempts.active():
+            self._queue.count(active.job.queue, waiting=0, active=1)
             agent = self._agents.setdefault(
                 active.agent_id, Agent(active.agent_id, active.agent_name)
             )
             self._hold(agent, Attempt.of(active))
-        for known in await self.store.drained_agents():
+        for known in await self.store.agents.drained():
             agent = self._agents.setdefault(known.id, Agent(known.id, known.name))
             agent.is_drained = True
-        for line, waiting in (await self.store.queued_lines()).items():
+        for line, waiting in (await self.store.jobs.queue_lengths()).items():
             self._queue.count(line, waiting, active=0)
         self.store.feed.follow(self._follow)
         self._warn_of_lines_that_stand_still()
@@ -226,17 +226,17 @@ class Dispatcher:
 
         Raises as :meth:`Upload.commit`.
         """
-        if upload.is_little():
-            self._decide_ahead(Line(request.service, request.user_id))
+        if upload.is_small():
+            self._decide_ahead(UserQueue(request.service, request.user_id))
         return await upload.commit(request, message, self.settings.max_queued_jobs)
 
     async def rerun(self, source_id: int, request: JobRequest, message: str) -> Submission:
-        """Store a job that has the input of another; raises as :meth:`Store.rerun`."""
-        self._decide_ahead(Line(request.service, request.user_id))
+        """Store a job that has the input of another; raises as :meth:`Uploads.rerun`."""
+        self._decide_ahead(UserQueue(request.service, request.user_id))
         limit = self.settings.max_queued_jobs
-        return await self.store.rerun(source_id, request, message, limit)
+        return await self.store.uploads.rerun(source_id, request, message, limit)
 
-    def _decide_ahead(self, line: Line) -> None:
+    def _decide_ahead(self, line: UserQueue) -> None:
         """Have a job that is about to be stored given out along with that, if it may run at once.
 
         Call it in the turn of the event loop that hands the job to the store: what makes the
@@ -247,14 +247,14 @@ class Dispatcher:
         if self._queue.decide_ahead(line, self._free_slots.offer):
             self._give(line)
 
-    def _give(self, line: Line) -> None:
+    def _give(self, line: UserQueue) -> None:
         """Give the next job of a line to the least loaded agent that offers its service."""
         agent = self._agents[self._free_slots.least_loaded(line.service)]
         agent.reserved += 1
         self.note_slots(agent)
         self._tasks.create_task(self._assign(line, agent), name=f"assign to {agent.name}")
 
-    async def _assign(self, line: Line, agent: Agent) -> None:
+    async def _assign(self, line: UserQueue, agent: Agent) -> None:
         assignment = await self._begin_next(line, agent)
         agent.reserved -= 1
         if assignment is None:
@@ -264,9 +264,9 @@ class Dispatcher:
         self.note_slots(agent)
         self._forget_if_gone(agent)
 
-    async def _begin_next(self, line: Line, agent: Agent) -> Assignment | None:
+    async def _begin_next(self, line: UserQueue, agent: Agent) -> Assignment | None:
         try:
-            return await self.store.begin_next(line, agent.id, f"to agent {agent.name}")
+            return await self.store.attempts.begin_next(line, agent.id, f"to agent {agent.name}")
         except (StoreFull, StoreUnavailable) as error:
             log.warning("event=assign_failed agent=%s error=%r", agent.name, str(error))
             await asyncio.sleep(_STORE_RETRY_SECONDS)
@@ -339,7 +339,7 @@ class Dispatcher:
             agent.lease.cancel()
             agent.lease = None
         try:
-            await self.durably(lambda: self.store.note_agent(agent.id, agent.name))
+            await self.durably(lambda: self.store.agents.record_connection(agent.id, agent.name))
         except BaseException:
             self.detach(session, agent)
             raise
@@ -382,7 +382,7 @@ class Dispatcher:
 
     def note_change(self, agent: Agent, kind: AgentChangeKind) -> None:
         """Write down what happened to an agent, without waiting for it."""
-        write = self.durably(lambda: self.store.note_agent_change(agent.id, agent.name, kind))
+        write = self.durably(lambda: self.store.agents.record_change(agent.id, agent.name, kind))
         self._tasks.create_task(write, name=f"note that {agent.name} is {kind}")
 
     def forget(self, agent: Agent, attempt: Attempt) -> None:
@@ -398,7 +398,9 @@ class Dispatcher:
         """An attempt was lost: queue its job again, unless it was the last allowed try."""
         limit = self.settings.max_attempts
         try:
-            state = await self.durably(lambda: self.store.requeue(attempt.id, loss, reason, limit))
+            state = await self.durably(
+                lambda: self.store.attempts.requeue(attempt.id, loss, reason, limit)
+            )
         except Superseded:
             self.forget(agent, attempt)
             return
@@ -437,7 +439,7 @@ class Dispatcher:
         """
         was_asked = False
         while True:
-            status = await self.store.job_status(job_id)
+            status = await self.store.jobs.status(job_id)
             if status is None:
                 return None
             if was_asked and status.state is jobs.JobState.KILLED:
@@ -447,7 +449,7 @@ class Dispatcher:
             was_asked = True
             if job_id in self._held:
                 await self._terminate_active(*self._held[job_id])
-            elif await self.durably(lambda: self.store.withdraw(job_id, _TERMINATED)):
+            elif await self.durably(lambda: self.store.jobs.withdraw(job_id, _TERMINATED)):
                 log.info("event=killed job=%d", job_id)
             else:
                 # it has just been given to an agent, or left it: look again, without spinning
@@ -459,7 +461,7 @@ class Dispatcher:
             return
         # if it has just ended by itself, the caller finds that out
         with suppress(IllegalTransition):
-            await self.durably(lambda: self.store.kill(attempt.job.id, _TERMINATED))
+            await self.durably(lambda: self.store.jobs.kill(attempt.job.id, _TERMINATED))
             log.info("event=killed job=%d", attempt.job.id)
         if agent.session is not None:
             agent.session.expect_remains(attempt)

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass
 
 from jobs import FileSpec, JobState
-from storage.database import StoreError
 from wire.frames import Stream
+
+# --- errors -----------------------------------------------------------------------
+
+
+class StoreError(Exception):
+    """The store can't do what was asked; the message is for the person who runs it."""
+
+
+class StoreRefused(StoreError):
+    """This file can't be opened: in use, of a newer version, or not ours."""
+
+
+class StoreFull(StoreError):
+    """No space left for the database to grow."""
+
+
+class StoreUnavailable(StoreError):
+    """The file can't be read or written at the moment (I/O error, permission)."""
 
 
 class Superseded(StoreError):
@@ -23,15 +41,18 @@ class KeyReused(StoreError):
 
 
 class QueueFull(StoreError):
-    """The user has as many jobs in line as allowed."""
+    """The user has as many queued jobs as allowed."""
 
 
 class InputGone(StoreError):
-    """The job's input is not stored any more."""
+    """The job's input is no longer stored."""
 
 
 class ResultMismatch(StoreError):
     """A result's bytes do not have the length or the SHA-256 that the agent announced."""
+
+
+# --- jobs -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +65,25 @@ class JobStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """The jobs of one user that wait for one service: highest priority first, then lowest id."""
+class UserQueue:
+    """The queued jobs of one user for one service: highest priority first, then lowest id."""
 
     service: str
     user_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class QueuedJob:
-    """A job and the line in which it waits, or waited."""
+class JobIdentity:
+    """Which job it is, and the queue in which it waits or waited."""
 
     id: int
     user_id: int
     service: str
 
     @property
-    def line(self) -> Line:
+    def queue(self) -> UserQueue:
         """Where it waits."""
-        return Line(self.service, self.user_id)
+        return UserQueue(self.service, self.user_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +108,7 @@ class JobRequest:
 class Submission:
     """The job that a request brought about, now or (``is_repeated``) when it came before."""
 
-    job: QueuedJob
+    job: JobIdentity
     is_repeated: bool = False
 
 
@@ -95,7 +116,7 @@ class Submission:
 class ActiveJob:
     """A job that an agent holds: the agent, the attempt and how far it is."""
 
-    job: QueuedJob
+    job: JobIdentity
     attempt_id: int
     number: int
     agent_id: str
@@ -126,7 +147,7 @@ class Assignment:
     files, one after the other, if they are few.
     """
 
-    job: QueuedJob
+    job: JobIdentity
     attempt_id: int
     number: int
     timeout: int | None
@@ -138,7 +159,7 @@ class Assignment:
 class StoredResult:
     """A whole result archive; ``size`` in bytes.
 
-    ``content`` is all of it, if it is little and was read along.
+    ``content`` is all of it, if it is small and was read along.
     """
 
     blob_id: int
@@ -272,7 +293,7 @@ NO_OUTPUT = NewOutput((), 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class OutputSource:
     """A job as the source of output: state, present attempt (None: none) and its number."""
 
     state: JobState
@@ -280,13 +301,40 @@ class Writing:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class JobRow:
-    """A job as the statements that change it need it."""
+# --- tokens -----------------------------------------------------------------------
 
-    id: int
-    user_id: int
-    service: str
-    state: JobState
-    attempts: int
-    lost_starts: int
+
+class Role(enum.StrEnum):
+    """What a token allows; each role includes those before it."""
+
+    READ = "read"
+    SUBMIT = "submit"
+    ADMIN = "admin"
+
+    def includes(self, other: Role) -> bool:
+        """Whether this role allows what ``other`` does."""
+        roles = list(Role)
+        return roles.index(self) >= roles.index(other)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What is known of an API token: whose jobs it reaches (None: everybody's), and how far.
+
+    ``created_at`` in Unix seconds. The secret itself is nowhere.
+    """
+
+    name: str
+    role: Role
+    user_id: int | None
+    created_at: float
+
+
+def digest_of(secret: str) -> str:
+    """Return what is stored of a token's secret: its SHA-256, in hex.
+
+    A slow, salted hash protects passwords, which can be guessed. Nobody guesses 256 random
+    bits, so it would protect nothing here, and cost every request its time. Looking a digest
+    up tells by its timing nothing of use: who asks can't choose the digest.
+    """
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from config import ServiceLimits
 from events import Transition
 from jobs import ACTIVE_STATES, JobState
-from records import Line
+from records import UserQueue
 
 # --- whose turn it is -------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class FairQueue:
         self._limits = limits
         self._services: OrderedDict[str, _Service] = OrderedDict()
 
-    def count(self, line: Line, waiting: int, active: int) -> None:
+    def count(self, line: UserQueue, waiting: int, active: int) -> None:
         """Count jobs that were there before the first transition that is followed."""
         self._service(line.service).change(line.user_id, waiting, active)
 
@@ -120,7 +120,7 @@ class FairQueue:
         if waiting or active:
             self._service(transition.service).change(transition.user_id, waiting, active)
 
-    def next_for(self, is_offered: Callable[[str], bool]) -> Line | None:
+    def next_for(self, is_offered: Callable[[str], bool]) -> UserQueue | None:
         """Decide which line gives the next job, of the services that ``is_offered`` allows.
 
         Returns None when no job may run now.
@@ -130,10 +130,10 @@ class FairQueue:
                 self._services.move_to_end(name)
                 user_id, _ = service.turns.popitem(last=False)
                 service.change(user_id, waiting=-1, active=+1)
-                return Line(name, user_id)
+                return UserQueue(name, user_id)
         return None
 
-    def decide_ahead(self, line: Line, is_offered: Callable[[str], bool]) -> bool:
+    def decide_ahead(self, line: UserQueue, is_offered: Callable[[str], bool]) -> bool:
         """Decide that a job which is about to come into a line is given out at once, if it may.
 
         It may if nobody waits whose turn would come first. A decision like the others.
@@ -146,7 +146,7 @@ class FairQueue:
         service.change(line.user_id, waiting=-1, active=+1)
         return True
 
-    def take_back(self, line: Line) -> None:
+    def take_back(self, line: UserQueue) -> None:
         """A decision could not be carried out, or its job was killed meanwhile or never came."""
         self._service(line.service).change(line.user_id, waiting=+1, active=-1)
 
@@ -159,7 +159,7 @@ class FairQueue:
         service = self._services.get(name)
         return Counts() if service is None else service.total.counts()
 
-    def counts_of_line(self, line: Line) -> Counts:
+    def counts_of_line(self, line: UserQueue) -> Counts:
         """Return the counts of one line."""
         service = self._services.get(line.service)
         tally = None if service is None else service.lines.get(line.user_id)

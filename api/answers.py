@@ -15,8 +15,7 @@ from aiohttp import hdrs, web
 from config import MAX_UPLOAD_BYTES
 from dispatch import AlreadyFinal
 from events import Transition
-from records import InputGone, JobStatus, KeyReused, QueueFull
-from storage.database import StoreError, StoreFull
+from records import InputGone, JobStatus, KeyReused, QueueFull, StoreError, StoreFull
 
 log = logging.getLogger("orchestrator.api")
 

@@ -42,7 +42,7 @@ class EventHandlers:
         position = _position_of(request) or _Position(0, 0)
         # subscribed before the history is read, so that nothing is lost in between
         with self._store.feed.transitions_of(job_id, _EVENTS_BEHIND) as subscription:
-            history = await self._store.history(job_id)
+            history = await self._store.history.of_job(job_id)
             if not history:
                 raise UnknownJob
             position.transition = min(position.transition, history[-1].id)
@@ -57,7 +57,7 @@ class EventHandlers:
         """Tell what happens from now on, or from what the client heard last."""
         position = _position_of(request)
         wanted = _Filter(user_id_of(request), request.query.get("service"))
-        last = _Position(*await self._store.last_event_ids())
+        last = _Position(*await self._store.history.last_ids())
         # ids past the end are of a database that was put back to an older state
         stream = _Stream(request, last if position is None else position.at_most(last), wanted)
         return await stream.run(lambda: self._tell_all(stream))
@@ -86,8 +86,12 @@ class EventHandlers:
         """Tell what the store has after the stream's position, a bounded number at a time."""
         while True:
             after = stream.position
-            transitions = await self._store.transitions_after(after.transition, _REPLAY_EVENTS)
-            changes = await self._store.agent_changes_after(after.agent_change, _REPLAY_EVENTS)
+            transitions = await self._store.history.transitions_after(
+                after.transition, _REPLAY_EVENTS
+            )
+            changes = await self._store.history.agent_changes_after(
+                after.agent_change, _REPLAY_EVENTS
+            )
             if not transitions and not changes:
                 return
             await stream.send(heapq.merge(transitions, changes, key=lambda event: event.at))

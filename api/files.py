@@ -86,7 +86,7 @@ class FileHandlers:
             raise UnknownJob
         if job.state is not JobState.COMPLETED:
             return job_answer(job)
-        result = await self._store.result(job.id)
+        result = await self._store.blobs.result_of_job(job.id)
         if result is None:  # retention came between
             return job_answer(JobStatus(job.id, JobState.CLEANED, ""))
         return await self._send_stored(request, _download_of(job.id, result))
@@ -101,7 +101,7 @@ class FileHandlers:
                 job = await self._job(request)
                 if job.state is JobState.RUNNING:
                     raise Conflict(str(error)) from None
-        result = await self._store.result(job.id)
+        result = await self._store.blobs.result_of_job(job.id)
         if result is not None:
             return await self._send_stored(request, _download_of(job.id, result))
         return await self._send_input(request, job, await self._input(job))
@@ -110,12 +110,12 @@ class FileHandlers:
         """List what a job left, or what was uploaded while (or if) it left nothing."""
         job = await self._job(request)
         start = _cursor_of(request)
-        result = await self._store.result(job.id)
+        result = await self._store.blobs.result_of_job(job.id)
         if result is None:
             files = await self._input(job)
             return web.json_response(_page_of_input(job.id, files, start))
-        archive = Archive(partial(self._store.read_blob, result.blob_id), result.size)
-        with self._store.pinned(result.blob_id):
+        archive = self._archive_of(result)
+        with self._store.blobs.pinned(result.blob_id):
             page = await _page_of_result(job.id, archive, start)
         return web.json_response(page)
 
@@ -123,7 +123,7 @@ class FileHandlers:
         """Send one file of those that :meth:`list_files` lists."""
         job = await self._job(request)
         path = request.match_info["path"]
-        result = await self._store.result(job.id)
+        result = await self._store.blobs.result_of_job(job.id)
         if result is not None:
             return await self._send_member(request, result, path)
         for file in await self._input(job):
@@ -132,16 +132,22 @@ class FileHandlers:
         raise NotFound(f"job {job.id} has no file {path!r:.300}")
 
     async def _job(self, request: web.Request) -> JobStatus:
-        job = await self._store.job_status(job_id_of(request))
+        job = await self._store.jobs.status(job_id_of(request))
         if job is None:
             raise UnknownJob
         return job
 
     async def _input(self, job: JobStatus) -> tuple[StoredFile, ...]:
-        files = await self._store.input_of_job(job.id)
+        files = await self._store.blobs.input_of_job(job.id)
         if not files:
             raise Conflict("the job's files have been removed by retention")
         return files
+
+    def _archive_of(self, result: StoredResult) -> Archive:
+        async def read(offset: int, size: int) -> bytes:
+            return b"".join(await self._store.blobs.read(result.blob_id, offset, size))
+
+        return Archive(read, result.size)
 
     # --- sending
 
@@ -171,7 +177,7 @@ class FileHandlers:
             return web.Response(body=body, status=status, headers=headers)
         response = web.StreamResponse(status=status, headers=headers)
         response.content_length = end - start
-        with self._store.pinned(download.blob_id):
+        with self._store.blobs.pinned(download.blob_id):
             await response.prepare(request)
             pieces = _read_ahead(self._store, download.blob_id, start, end)
             await _write_all(request, response, pieces)
@@ -199,7 +205,7 @@ class FileHandlers:
         self, request: web.Request, job: JobStatus, files: tuple[StoredFile, ...]
     ) -> web.StreamResponse:
         """Send what was uploaded, packed on the way."""
-        uploaded = (await self._store.history(job.id))[0]
+        uploaded = (await self._store.history.of_job(job.id))[0]
         sources = [
             Source(
                 file.spec.name,
@@ -211,7 +217,7 @@ class FileHandlers:
         response = web.StreamResponse(headers=_partial_headers(job.id))
         with ExitStack() as pins:
             for file in files:
-                pins.enter_context(self._store.pinned(file.blob_id))
+                pins.enter_context(self._store.blobs.pinned(file.blob_id))
             await response.prepare(request)
             await _write_all(request, response, zip_of(sources, uploaded.at))
         return response
@@ -220,8 +226,8 @@ class FileHandlers:
         self, request: web.Request, result: StoredResult, path: str
     ) -> web.StreamResponse:
         """Send one member of a result, unpacked."""
-        archive = Archive(partial(self._store.read_blob, result.blob_id), result.size)
-        with self._store.pinned(result.blob_id):
+        archive = self._archive_of(result)
+        with self._store.blobs.pinned(result.blob_id):
             member = await archive.find(path)
             if member is None or member.is_directory or member.is_link:
                 raise NotFound(f"the result has no file {path!r:.300}")
@@ -289,7 +295,7 @@ async def _read_ahead(
     def read() -> asyncio.Task[list[bytes]]:
         # up to a multiple of the step, so that no chunk is read twice
         stop = min(end, (start // _STEP_BYTES + 1) * _STEP_BYTES)
-        return asyncio.create_task(store.read_pieces(blob_id, start, stop - start))
+        return asyncio.create_task(store.blobs.read(blob_id, start, stop - start))
 
     if start == end:
         return

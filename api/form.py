@@ -16,7 +16,7 @@ import jobs
 from api.answers import BadRequest, ClientStalled, UploadTooLarge
 from config import LONGEST_TIMEOUT, MAX_UPLOAD_BYTES, ServiceLimits, Settings
 from records import JobRequest
-from storage.uploads import Upload
+from store import Upload
 
 # more than aiohttp ever holds back for us: what it has comes as it came, not cut and joined
 _READ_BYTES = 1024 * 1024

@@ -18,7 +18,7 @@ from api.tokens import check_user, user_restriction
 from dispatch import Dispatcher
 from events import FeedClosed, Lagged, Subscription, Transition
 from jobs import JobState, has_ended
-from records import AttemptRecord, JobDetails, JobFilter, JobStatus, JobSummary, Line
+from records import AttemptRecord, JobDetails, JobFilter, JobStatus, JobSummary, UserQueue
 from store import Store
 
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
@@ -38,7 +38,7 @@ class JobHandlers:
     async def find(self, request: web.Request) -> web.StreamResponse:
         """Answer with the jobs that a filter lets through, newest first, a page at a time."""
         wanted = _filter_of(request)
-        page = await self._store.find_jobs(wanted, _before_of(request), _limit_of(request))
+        page = await self._store.jobs.find(wanted, _before_of(request), _limit_of(request))
         body = {
             "jobs": [_summary_body(job) for job in page.jobs],
             "next_cursor": None if page.next_before is None else _cursor(page.next_before),
@@ -48,7 +48,7 @@ class JobHandlers:
     async def show(self, request: web.Request) -> web.StreamResponse:
         """Answer with all that is known of a job but its history."""
         job_id = job_id_of(request)
-        details = await self._store.job_details(job_id)
+        details = await self._store.jobs.details(job_id)
         if details is None:
             raise UnknownJob
         queue = await self._queue_body(details.summary)
@@ -58,14 +58,14 @@ class JobHandlers:
         if job.state is not JobState.QUEUED:
             return None
         # 1: it has left the line since its state was read
-        position = await self._store.queue_position(job.id) or 1
-        reason = self._dispatcher.why_waiting(Line(job.service, job.user_id))
+        position = await self._store.jobs.queue_position(job.id) or 1
+        reason = self._dispatcher.why_waiting(UserQueue(job.service, job.user_id))
         return {"position": position, "reason": reason}
 
     async def history(self, request: web.Request) -> web.StreamResponse:
         """Answer with the transitions of a job, oldest first."""
         job_id = job_id_of(request)
-        transitions = await self._store.history(job_id)
+        transitions = await self._store.history.of_job(job_id)
         if not transitions:
             raise UnknownJob
         history = [transition_body(transition) for transition in transitions]
@@ -227,16 +227,16 @@ async def status_within(
     :class:`ConnectionResetError` when the client goes away.
     """
     if not seconds:
-        return await store.job_status(job_id)
+        return await store.jobs.status(job_id)
     # subscribed before the state is read, so that the end can't come unnoticed in between
     with store.feed.transitions_of(job_id, _TRANSITIONS_BEHIND) as subscription:
-        job = await store.job_status(job_id)
+        job = await store.jobs.status(job_id)
         if job is None or has_ended(job.state):
             return job
         with ended_by_disconnection(request), suppress(TimeoutError, FeedClosed, Lagged):
             async with asyncio.timeout(seconds):
                 await _wait_for_end(subscription)
-    return await store.job_status(job_id)
+    return await store.jobs.status(job_id)
 
 
 async def _wait_for_end(subscription: Subscription) -> None:

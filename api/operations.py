@@ -16,8 +16,8 @@ from config import VERSION, ServiceLimits, SettingsInForce
 from dispatch import Dispatcher
 from fleet.session import AgentStatus
 from jobs import JobState
-from storage.database import SQLITE_VERSION, StoreError
-from store import Store
+from records import StoreError
+from store import SQLITE_VERSION, Store
 from telemetry import metrics
 from telemetry.instruments import Instruments
 from telemetry.metrics import Family

@@ -11,7 +11,7 @@ from api.answers import BadRequest, Conflict, UnknownJob, job_id_of
 from api.connection import break_off, ended_by_disconnection
 from events import FeedClosed, Lagged, Output, Transition
 from jobs import JobState, has_ended
-from records import OutputPiece, Writing
+from records import OutputPiece, OutputSource
 from store import Store
 from wire.frames import Stream
 
@@ -38,7 +38,7 @@ class OutputHandlers:
         follow = _choice(request, "follow", "0", _SWITCH)
         offset = _offset_of(request)
         job_id = job_id_of(request)
-        writing = await self._store.writing(job_id)
+        writing = await self._store.output.source(job_id)
         if writing is None:
             raise UnknownJob
         if writing.state in _NO_OUTPUT:
@@ -62,20 +62,20 @@ class OutputHandlers:
             await self._send_stored(writer, writing, stream, end)
         return response
 
-    async def _end_of(self, writing: Writing, stream: Stream) -> int:
+    async def _end_of(self, writing: OutputSource, stream: Stream) -> int:
         if writing.attempt_id is None:
             return 0
-        return await self._store.latest_output_end(writing.attempt_id, stream)
+        return await self._store.output.latest_end(writing.attempt_id, stream)
 
     async def _send_stored(
-        self, writer: _LogWriter, writing: Writing, stream: Stream, end: int | None
+        self, writer: _LogWriter, writing: OutputSource, stream: Stream, end: int | None
     ) -> None:
         """Send what is stored, up to ``end`` if there is one."""
         if writing.attempt_id is None:
             return
         writer.enter(writing.attempt)
         while end is None or writer.position < end:
-            pieces = await self._store.read_output(writing.attempt_id, stream, writer.position)
+            pieces = await self._store.output.read(writing.attempt_id, stream, writer.position)
             if not pieces:
                 return
             for piece in pieces:
@@ -100,7 +100,7 @@ class OutputHandlers:
         A follower that is too slow for that gets False, and reads at its own pace again.
         """
         with self._store.feed.output_of(job_id, stream, _PIECES_BEHIND) as news:
-            writing = await self._store.writing(job_id)
+            writing = await self._store.output.source(job_id)
             assert writing is not None
             await self._send_stored(writer, writing, stream, None)
             if has_ended(writing.state):

@@ -13,9 +13,8 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
 from api.answers import Forbidden, Handler, Unauthorized, UnknownJob, job_id_of
-from storage import tokens as access
-from storage.database import StoreError
-from storage.tokens import Role, Token
+from api.policy import is_for_bound_tokens, needed_role
+from records import Role, StoreError, Token, digest_of
 from store import Store
 
 log = logging.getLogger("orchestrator.api")
@@ -42,7 +41,7 @@ class TokenGate:
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             resource = request.match_info.route.resource
             path = None if resource is None else resource.canonical
-            needed = access.needed_role(request.method, path)
+            needed = needed_role(request.method, path)
             if needed is None or not (known := await self._tokens.known()):
                 return await handler(request)
             digest = _presented_digest(request)
@@ -64,7 +63,7 @@ class TokenGate:
 
     async def _check_owner(self, request: web.Request, user_id: int, path: str | None) -> None:
         if "id" not in request.match_info:
-            if not access.is_for_bound_tokens(path):
+            if not is_for_bound_tokens(path):
                 raise Forbidden("this token is for the jobs of one user")
         elif await self._owners.owner_of(job_id_of(request)) != user_id:
             raise UnknownJob
@@ -95,7 +94,7 @@ def _presented_digest(request: web.Request) -> str:
     scheme, _, secret = header.partition(" ")
     if scheme.lower() != "bearer":
         raise Unauthorized("the token is not valid: it must come as Authorization: Bearer TOKEN")
-    return access.digest_of(secret.strip())
+    return digest_of(secret.strip())
 
 
 def _check_role(caller: Token, needed: Role) -> None:
@@ -114,7 +113,7 @@ class _Owners:
         """Return the user of a job, None if there is no such job."""
         owner = self._known.get(job_id)
         if owner is None:
-            owner = await self._store.owner_of(job_id)
+            owner = await self._store.jobs.owner_of(job_id)
             if owner is not None:
                 if len(self._known) >= _REMEMBERED_OWNERS:
                     self._known.clear()
@@ -150,7 +149,7 @@ class _Tokens:
         if self._is_stale():
             async with self._reading:
                 if self._is_stale():
-                    self._known = await self._store.tokens()
+                    self._known = await self._store.tokens.all()
                     self._stale_at = asyncio.get_running_loop().time() + _FRESH_SECONDS
         return self._known
 

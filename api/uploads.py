@@ -25,8 +25,7 @@ from config import MAX_UPLOAD_BYTES, SettingsInForce
 from dispatch import Dispatcher
 from jobs import JobState
 from records import JobRequest, JobStatus, Submission
-from storage.uploads import Upload
-from store import Store
+from store import Store, Upload
 
 log = logging.getLogger("orchestrator.api")
 
@@ -82,12 +81,12 @@ class SubmitHandlers:
         if not request.content_type.startswith("multipart/form-data"):
             raise BadRequest("Content-Type: must be multipart/form-data")
         message = "Job successfully uploaded"
-        upload = self._store.new_upload()
+        upload = self._store.uploads.new()
         try:
             job = await self._receive(request, upload)
             submission = await self._dispatcher.submit(upload, job, message)
         finally:
-            if upload.has_loose_ends():
+            if upload.leaves_bytes():
                 await asyncio.shield(upload.abandon())
         return self._answer(submission, message)
 
@@ -107,7 +106,7 @@ class SubmitHandlers:
     async def rerun(self, request: web.Request) -> web.StreamResponse:
         """POST /jobs/{id}/rerun."""
         source_id = job_id_of(request)
-        job = await self._store.job_request(source_id)
+        job = await self._store.jobs.request(source_id)
         if job is None:
             raise UnknownJob
         api_form.checked_service(job.service, self._settings.current.services)

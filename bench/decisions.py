@@ -13,7 +13,7 @@ import sys
 import time
 
 from config import ServiceLimits
-from records import Line
+from records import UserQueue
 from scheduler import FairQueue
 
 _SERVICE = "example"
@@ -23,7 +23,7 @@ _BATCH = 100
 def _measure(jobs: int, users: int, count: int) -> list[float]:
     queue = FairQueue({_SERVICE: ServiceLimits(runs_per_user=1_000_000, max_runs=1_000_000)})
     for user in range(users):
-        queue.count(Line(_SERVICE, user), waiting=len(range(user, jobs, users)), active=0)
+        queue.count(UserQueue(_SERVICE, user), waiting=len(range(user, jobs, users)), active=0)
     gc.collect()
     gc.freeze()  # the benchmark is about the policy, not about how Python looks for garbage
     return [_time_batch(queue) for _ in range(count)]

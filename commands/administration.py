@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
-from storage import tokens
-from storage.database import StoreRefused
-from storage.maintenance import back_up, check, create_token, list_tokens, revoke_token
-from storage.tokens import Role, Token
+from records import Role, StoreRefused, Token, digest_of
+from storage.backup import back_up
+from storage.check import check
+from storage.tokens import create_token, list_tokens, new_secret, revoke_token
 
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _USER_ID = re.compile(r"[+-]?[0-9]{1,19}")
@@ -68,8 +68,8 @@ def run_token_command(options: argparse.Namespace, path: str) -> None:
 def _create_token(path: str, token: Token) -> None:
     if token.role is Role.ADMIN and token.user_id is not None:
         raise StoreRefused("an admin steers everybody's jobs: use --user any")
-    secret = tokens.new_secret()
-    create_token(path, token, tokens.digest_of(secret))
+    secret = new_secret()
+    create_token(path, token, digest_of(secret))
     # the secret alone, so that a script can take it
     sys.stdout.write(f"{secret}\n")
     sys.stderr.write("Keep it: only its hash is stored, so it can't be shown again.\n")

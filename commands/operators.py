@@ -14,9 +14,9 @@ import runtime
 from commands import administration, demo, serve
 from commands.serve import StartError
 from config import AccessLog, ConfigError, LogFormat, Settings, SettingsInForce
+from records import StoreError
 from runtime import first_failure
-from storage.database import StoreError
-from storage.maintenance import read_agent_token
+from storage.tokens import read_agent_token
 from telemetry import logs
 
 _INTERRUPTED = 128 + signal.SIGINT  # as shells tell it
@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         commands.add_parser("token", help="make, list, revoke tokens of the API")
     )
     backup_parser = commands.add_parser("backup", help="copy the database, also while it is used")
-    backup_parser.add_argument("file", metavar="FILE", help="where to; must not be there yet")
+    backup_parser.add_argument("file", metavar="FILE", help="where to; must not exist yet")
     backup_parser.add_argument("--db", dest="DB_PATH", default=argparse.SUPPRESS, metavar="FILE")
     check_parser = commands.add_parser("check", help="look for damage in a database or a backup")
     check_parser.add_argument("file", metavar="FILE")

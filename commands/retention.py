@@ -8,8 +8,9 @@ import logging
 import time
 
 from config import SettingsInForce
-from storage.database import StoreFull, StoreUnavailable
+from records import StoreFull, StoreUnavailable
 from store import Store
+from telemetry.logs import event
 
 log = logging.getLogger("orchestrator")
 
@@ -26,18 +27,18 @@ async def keep_retention(store: Store, settings: SettingsInForce) -> None:
         try:
             pause = await _clean_once(store, settings.current.max_age)
         except (StoreFull, StoreUnavailable) as error:
-            log.warning("event=retention_failed error=%r", str(error))
+            event(log, "retention_failed", level=logging.WARNING, error=str(error))
             pause = _RETRY_SECONDS
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(is_changed.wait(), pause)
 
 
 async def _clean_once(store: Store, max_age: int) -> float:
-    while cleaned := await store.clean_jobs_final_since(time.time() - max_age):
-        log.info("event=cleaned jobs=%d", cleaned)
-    while await store.forget_old_keys():
+    while cleaned := await store.retention.clean_jobs_final_since(time.time() - max_age):
+        event(log, "cleaned", jobs=cleaned)
+    while await store.retention.forget_old_keys():
         pass
-    oldest = await store.oldest_final_change()
+    oldest = await store.retention.oldest_final_change()
     # a job that becomes final only now reaches the age no sooner than max_age from now
     due = max_age if oldest is None else oldest + max_age - time.time()
     return min(max(due, 0.0) + 0.01, max_age, _LONGEST_PAUSE_SECONDS)

@@ -97,10 +97,10 @@ async def _serve_store(
     background: list[asyncio.Task[None]],
 ) -> None:
     instruments = Instruments()
-    instruments.jobs.begin(await store.times_of_last_jobs(_REMEMBERED_JOBS))
+    instruments.jobs.begin(await store.jobs.times_of_last(_REMEMBERED_JOBS))
     store.feed.follow(instruments.jobs.follow)
     background.append(tasks.create_task(instruments.watch_loop(), name="loop lag"))
-    token = settings.current.agent_token or await store.agent_token()
+    token = settings.current.agent_token or await store.tokens.agent_token()
     dispatcher = Dispatcher(store, settings)
     background.append(tasks.create_task(dispatcher.run(), name="dispatcher"))
     background.append(tasks.create_task(keep_retention(store, settings), name="retention"))
@@ -127,7 +127,7 @@ async def _serve_store(
         _announce(url)
         await stop.wait()
         log.info("event=stopping")
-        _announce_stop(len(await store.active_jobs()))
+        _announce_stop(len(await store.attempts.active()))
     finally:
         store.feed.close()  # whoever waits for something to happen is answered now
         if agent is not None:

@@ -21,10 +21,10 @@ from records import (
     ActiveJob,
     Assignment,
     IllegalTransition,
+    JobIdentity,
     Loss,
     NewOutput,
     OutputPiece,
-    QueuedJob,
     ResultMismatch,
     StoredFile,
     Superseded,
@@ -61,7 +61,7 @@ _SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals i
 class Attempt:
     """An attempt that an agent holds, as far as the server knows."""
 
-    job: QueuedJob
+    job: JobIdentity
     id: int
     number: int
     state: jobs.JobState = jobs.JobState.PROCESSING
@@ -90,7 +90,7 @@ class AgentStatus:
     services: tuple[str, ...] | None
     slots: int
     busy: int
-    jobs: tuple[QueuedJob, ...]
+    jobs: tuple[JobIdentity, ...]
     is_connected: bool
     is_drained: bool
     heartbeat_age: float | None
@@ -408,9 +408,9 @@ class Session:
         keep = [
             messages.KeptAttempt(
                 held.attempt_id,
-                await self._store.result_size(held.attempt_id),
-                await self._store.output_end(held.attempt_id, Stream.STDOUT),
-                await self._store.output_end(held.attempt_id, Stream.STDERR),
+                await self._store.attempts.result_size(held.attempt_id),
+                await self._store.output.end(held.attempt_id, Stream.STDOUT),
+                await self._store.output.end(held.attempt_id, Stream.STDERR),
             )
             for held in wanted
         ]
@@ -432,7 +432,7 @@ class Session:
         for held in wanted:
             is_to_run = held.attempt_id in agent.attempts
             if is_to_run and held.phase is messages.AttemptPhase.RECEIVING:
-                files = await self._store.input_files(held.attempt_id)
+                files = await self._store.attempts.input_files(held.attempt_id)
                 self._send_input(held.attempt_id, files, held.input_offset)
         for attempt in missing:
             reason = f"agent {agent.name} does not have the job any more"
@@ -443,7 +443,7 @@ class Session:
         for held in hello.attempts:
             if held.attempt_id in self._agent.attempts:
                 continue
-            killed = await self._store.killed_without_result(held.attempt_id)
+            killed = await self._store.attempts.killed_without_result(held.attempt_id)
             if killed is not None:
                 # as far as can be: what the agent reports of its way changes nothing any more
                 last = jobs.ACTIVE_STATES[-1]
@@ -538,7 +538,7 @@ class Session:
         try:
             if isinstance(item, messages.Finished):
                 # a repeated report of a result that is stored already does no harm
-                await self._registry.durably(lambda: self._store.finish(item, 0, ()))
+                await self._registry.durably(lambda: self._store.attempts.finish(item, 0, ()))
                 self._outbox.put(messages.Stored(attempt_id))
             elif item is not None:
                 self._outbox.put(messages.Drop(attempt_id, "superseded"))
@@ -618,7 +618,7 @@ class Session:
             return item
 
     async def _reject(self, attempt: Attempt, reason: str) -> None:
-        await self._registry.durably(lambda: self._store.reject(attempt.id, reason))
+        await self._registry.durably(lambda: self._store.attempts.reject(attempt.id, reason))
         self._outbox.put(messages.Drop(attempt.id, "rejected"))
         self._end(attempt, jobs.JobState.INVALID)
 
@@ -631,7 +631,9 @@ class Session:
     async def _advance(self, attempt: Attempt, state: jobs.JobState, reason: str) -> None:
         if jobs.ACTIVE_STATES.index(attempt.state) >= jobs.ACTIVE_STATES.index(state):
             return  # repeated after a reconnect
-        await self._registry.durably(lambda: self._store.advance(attempt.id, state, reason))
+        await self._registry.durably(
+            lambda: self._store.attempts.advance(attempt.id, state, reason)
+        )
         attempt.state = state
         log.info(
             "event=state job=%d attempt=%d agent=%s state=%s",
@@ -668,7 +670,7 @@ class Session:
         async def source(position: int) -> bytes:
             if content is not None:
                 return content[position:]
-            return await self._store.read_files(files, position)
+            return await self._store.blobs.read_files(files, position)
 
         if offset < size:
             self._outbox.open(transfer_id(attempt_id, Stream.INPUT), source, offset, size)
@@ -680,11 +682,13 @@ class Session:
             raise ProtocolError(f"attempt {report.attempt_id}: a result of no bytes")
         if not attempt.may_have_result:
             return _Incoming(report, hashlib.sha256(), 0)
-        offset = await self._store.result_size(report.attempt_id)
+        offset = await self._store.attempts.result_size(report.attempt_id)
         if offset > report.result_size or offset % CHUNK_BYTES:
-            await self._registry.durably(lambda: self._store.discard_result(report.attempt_id))
+            await self._registry.durably(
+                lambda: self._store.attempts.discard_result(report.attempt_id)
+            )
             offset = 0
-        digest = await self._store.result_digest(report.attempt_id, offset)
+        digest = await self._store.attempts.result_digest(report.attempt_id, offset)
         return _Incoming(report, digest, offset)
 
     async def _take_result(
@@ -721,7 +725,7 @@ class Session:
             # side by side: the one takes the event loop's time, the other the writer's
             await asyncio.gather(
                 self._registry.durably(
-                    lambda: self._store.append_result(attempt.id, start, chunks)
+                    lambda: self._store.attempts.append_result(attempt.id, start, chunks)
                 ),
                 _hash(incoming, chunks),
             )
@@ -732,7 +736,7 @@ class Session:
     async def _store_output(self, attempt: Attempt, frames: Sequence[Frame]) -> None:
         """Store what was written since the last time, and open the window again."""
         new = self._new_output(frames)
-        await self._registry.durably(lambda: self._store.append_output(attempt.id, new))
+        await self._registry.durably(lambda: self._store.output.append(attempt.id, new))
         ends: dict[int, int] = {}
         for frame in frames:
             self._inbox_bytes[frame.transfer] -= len(frame.data)
@@ -763,7 +767,7 @@ class Session:
             self._outbox.put(messages.Drop(attempt.id, "damaged"))
             return
         new = self._new_output(output)
-        await self._registry.durably(lambda: self._store.finish(report, start, tail, new))
+        await self._registry.durably(lambda: self._store.attempts.finish(report, start, tail, new))
         self._outbox.put(messages.Stored(attempt.id))
         self._end(attempt, report.state)
 

@@ -1,4 +1,4 @@
-"""Statements on blobs: bytes as rows of fixed-size chunks.
+"""Blobs: bytes as rows of fixed-size chunks.
 
 A blob is ``open`` while it is written, ``sealed`` once a job refers to it, ``doomed`` when
 it waits to be erased chunk by chunk. What is open when the server starts was cut short by a
@@ -7,22 +7,131 @@ crash and is doomed, except the partial result of an attempt that may still go o
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
-from collections.abc import Sequence
-from typing import cast
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from jobs import FileSpec
-from records import ResultMismatch, StoredFile
-from storage.database import Database, StoreUnavailable
+from records import ResultMismatch, StoredFile, StoredResult, StoreUnavailable
+from storage.database import Database
+from storage.file import DatabaseFile
+from telemetry.logs import event
 from wire.frames import CHUNK_BYTES, READ_BYTES
 from wire.messages import Finished
 
 log = logging.getLogger("orchestrator.store")
 
 ERASE_CHUNKS = 16
-LITTLE_BYTES = 64 * 1024
+SMALL_BYTES = 64 * 1024
 """What is read along with the row that refers to it, to save the hop; within one chunk."""
 CHUNK_INDEX_BITS = 20  # 2**20 chunks of 256 KiB: blobs up to 256 GiB
+
+
+class Blobs:
+    """The stored bytes: reading them, and keeping the eraser from what is read."""
+
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+        self._ids: Iterator[int] = iter(())
+        self._pinned: Counter[int] = Counter()
+        self._abandoned: set[int] = set()
+        self.to_erase = asyncio.Event()
+        """For the eraser: there may be something doomed."""
+
+    def begin(self, db: Database) -> None:
+        """For the start: doom what a crash cut short, and learn which ids are free."""
+        doom_what_a_crash_cut_short(db)
+        first = db.execute("SELECT coalesce(max(id), 0) + 1 FROM blob").fetchone()[0]
+        self._ids = itertools.count(int(first))
+        self.to_erase.set()
+
+    def next_id(self) -> int:
+        """Return an id that no blob has."""
+        return next(self._ids)
+
+    async def result_of_job(self, job_id: int) -> StoredResult | None:
+        """Return what an ended job left, whole, None if there is nothing.
+
+        A small one comes with its content: to read that alone would be another hop.
+        """
+        rows = await self._file.rows(
+            "SELECT blob.id, blob.size, blob.sha256, chunk.data"
+            " FROM job JOIN attempt ON attempt.id = job.attempt_id"
+            " JOIN blob ON blob.id = attempt.result_blob"
+            " LEFT JOIN chunk ON chunk.id = blob.id << ? AND blob.size <= ?"
+            " WHERE job.id = ? AND blob.state = 'sealed'",
+            (CHUNK_INDEX_BITS, SMALL_BYTES, job_id),
+        )
+        return StoredResult(*rows[0]) if rows else None
+
+    async def input_of_job(self, job_id: int) -> tuple[StoredFile, ...]:
+        """Return a job's input in upload order; nothing once it has been removed."""
+        rows = await self._file.rows(
+            "SELECT name, size, sha256, blob_id FROM input_file"
+            " WHERE job_id = ? AND blob_id IS NOT NULL ORDER BY position",
+            (job_id,),
+        )
+        return tuple(StoredFile(FileSpec(*row[:3]), row[3]) for row in rows)
+
+    async def read(self, blob_id: int, offset: int, size: int) -> list[bytes]:
+        """Return ``size`` bytes from ``offset`` on, all within the blob, in one hop.
+
+        They come in the pieces in which they are stored, not copied. Raises
+        :class:`StoreUnavailable` if the blob has not so many.
+        """
+        return await self._file.read(lambda db: read_blob(db, blob_id, offset, size))
+
+    async def read_files(self, files: Sequence[StoredFile], offset: int) -> bytes:
+        """Return some of the files' bytes, taken as one stream, from ``offset`` on."""
+        return await self._file.read(lambda db: read_stream(db, files, offset))
+
+    @contextmanager
+    def pinned(self, blob_id: int) -> Iterator[None]:
+        """Keep the eraser from a blob while it is read."""
+        self._pinned[blob_id] += 1
+        try:
+            yield
+        finally:
+            self._pinned[blob_id] -= 1
+            if not self._pinned[blob_id]:
+                del self._pinned[blob_id]
+                self.to_erase.set()
+
+    def abandon(self, blob_ids: set[int]) -> None:
+        """Have blobs erased that no job will ever refer to."""
+        if blob_ids:
+            self._abandoned |= blob_ids
+            self.to_erase.set()
+
+    async def doom_abandoned(self) -> None:
+        """For the eraser: doom what :meth:`abandon` was told."""
+        abandoned = frozenset(self._abandoned)
+        if abandoned:
+            await self._file.write(lambda db: _doom_open(db, abandoned))
+            self._abandoned -= abandoned
+
+    def erase_some(self, db: Database) -> bool:
+        """For the eraser: erase a few chunks of a doomed blob; returns whether there was one."""
+        rows = db.execute("SELECT id FROM blob WHERE state = 'doomed' ORDER BY id")
+        blob_id = next((row[0] for row in rows if row[0] not in self._pinned), None)
+        if blob_id is None:
+            return False
+        first = blob_id << CHUNK_INDEX_BITS
+        last = first + (1 << CHUNK_INDEX_BITS) - 1
+        erased = db.execute(
+            "DELETE FROM chunk WHERE id IN"
+            " (SELECT id FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)",
+            (first, last, ERASE_CHUNKS),
+        ).rowcount
+        if erased < ERASE_CHUNKS:
+            db.execute("DELETE FROM blob WHERE id = ?", (blob_id,))
+        return True
+
+
+# --- states of blobs --------------------------------------------------------------
 
 
 def doom_what_a_crash_cut_short(db: Database) -> None:
@@ -35,12 +144,42 @@ def doom_what_a_crash_cut_short(db: Database) -> None:
                  AND job.state IN ('Processing', 'Submitted', 'Running', 'Killed'))"""
     ).rowcount
     if doomed:
-        log.info("event=unfinished_blobs_doomed count=%d", doomed)
+        event(log, "unfinished_blobs_doomed", count=doomed)
 
 
-def first_free_blob_id(db: Database) -> int:
-    """Return an id above that of every blob."""
-    return int(db.execute("SELECT coalesce(max(id), 0) + 1 FROM blob").fetchone()[0])
+def open_blob(db: Database, blob_id: int) -> None:
+    """Make an empty blob; does nothing if it exists."""
+    db.execute(
+        "INSERT INTO blob (id, state, size) VALUES (?, 'open', 0) ON CONFLICT DO NOTHING",
+        (blob_id,),
+    )
+
+
+def _doom_open(db: Database, blob_ids: frozenset[int]) -> None:
+    db.executemany(
+        "UPDATE blob SET state = 'doomed' WHERE id = ? AND state = 'open'",
+        ((blob_id,) for blob_id in blob_ids),
+    )
+
+
+def doom_files_of_job(db: Database, job_id: int) -> None:
+    """Doom a job's input, unless another job shares it, and what all its attempts left."""
+    db.execute(
+        "UPDATE blob SET state = 'doomed'"
+        " WHERE id IN (SELECT blob_id FROM input_file WHERE job_id = ?1) AND NOT EXISTS"
+        " (SELECT 1 FROM input_file WHERE blob_id = blob.id AND job_id <> ?1)",
+        (job_id,),
+    )
+    db.execute("UPDATE input_file SET blob_id = NULL WHERE job_id = ?", (job_id,))
+    db.execute(
+        "UPDATE blob SET state = 'doomed'"
+        " WHERE id IN (SELECT result_blob FROM attempt WHERE job_id = ?)",
+        (job_id,),
+    )
+    db.execute("UPDATE attempt SET result_blob = NULL WHERE job_id = ?", (job_id,))
+
+
+# --- results of attempts ----------------------------------------------------------
 
 
 def has_result(db: Database, attempt_id: int) -> bool:
@@ -53,30 +192,6 @@ def has_result(db: Database, attempt_id: int) -> bool:
     return row is not None
 
 
-def goes_with_short(size: int) -> bool:
-    """Whether so many bytes are written with the short operations: what fits into one chunk."""
-    return size <= CHUNK_BYTES
-
-
-def insert_chunks(
-    db: Database, blob_id: int, first: int, chunks: Sequence[bytes | memoryview]
-) -> None:
-    """Write chunks of a blob, the first one at index ``first``."""
-    base = blob_id << CHUNK_INDEX_BITS
-    db.executemany(
-        "INSERT INTO chunk (id, data) VALUES (?, ?)",
-        ((base + index, chunk) for index, chunk in enumerate(chunks, start=first)),
-    )
-
-
-def open_blob(db: Database, blob_id: int) -> None:
-    """Make an empty blob; does nothing if it is there."""
-    db.execute(
-        "INSERT INTO blob (id, state, size) VALUES (?, 'open', 0) ON CONFLICT DO NOTHING",
-        (blob_id,),
-    )
-
-
 def drop_partial_result(db: Database, attempt_id: int) -> None:
     """Doom what has arrived of an attempt's result."""
     db.execute(
@@ -85,16 +200,6 @@ def drop_partial_result(db: Database, attempt_id: int) -> None:
         (attempt_id,),
     )
     db.execute("UPDATE attempt SET result_blob = NULL WHERE id = ?", (attempt_id,))
-
-
-def files_of(db: Database, attempt_id: int) -> tuple[StoredFile, ...]:
-    """Return the input of an attempt's job, in upload order."""
-    rows = db.execute(
-        "SELECT name, size, sha256, blob_id FROM input_file"
-        " WHERE job_id = (SELECT job_id FROM attempt WHERE id = ?) ORDER BY position",
-        (attempt_id,),
-    )
-    return tuple(StoredFile(FileSpec(row[0], row[1], row[2]), row[3]) for row in rows)
 
 
 def seal_result(db: Database, report: Finished) -> None:
@@ -108,38 +213,48 @@ def seal_result(db: Database, report: Finished) -> None:
         raise ResultMismatch(f"attempt {report.attempt_id}: not {report.result_size} bytes")
 
 
+# --- chunks -----------------------------------------------------------------------
+
+
+def insert_chunks(
+    db: Database, blob_id: int, first: int, chunks: Sequence[bytes | memoryview]
+) -> None:
+    """Write chunks of a blob, the first one at index ``first``."""
+    base = blob_id << CHUNK_INDEX_BITS
+    db.executemany(
+        "INSERT INTO chunk (id, data) VALUES (?, ?)",
+        ((base + index, chunk) for index, chunk in enumerate(chunks, start=first)),
+    )
+
+
+def read_blob(db: Database, blob_id: int, offset: int, size: int) -> list[bytes]:
+    """Return a part of a blob in the pieces in which it is stored."""
+    if size == 0:
+        return []
+    first, within = divmod(offset, CHUNK_BYTES)
+    last = (offset + size - 1) // CHUNK_BYTES
+    base = blob_id << CHUNK_INDEX_BITS
+    rows = db.execute(
+        "SELECT data FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id", (base + first, base + last)
+    )
+    pieces: list[bytes] = [row[0] for row in rows]
+    excess = sum(map(len, pieces)) - within - size
+    if excess < 0:
+        raise StoreUnavailable(f"blob {blob_id} has not {size} bytes at {offset}")
+    pieces[-1] = pieces[-1][: len(pieces[-1]) - excess]
+    pieces[0] = pieces[0][within:]
+    return pieces
+
+
 def read_stream(db: Database, files: Sequence[StoredFile], offset: int) -> bytes:
     """Return the next of the files' bytes, taken as one stream, from ``offset``."""
-    parts: list[bytes] = []
+    pieces: list[bytes] = []
     room = READ_BYTES
     for file in files:
-        if offset >= file.spec.size:
-            offset -= file.spec.size
-            continue
-        while offset < file.spec.size and room > 0:
-            part = _read_part(db, file.blob_id, offset)[:room]
-            parts.append(part)
-            offset += len(part)
-            room -= len(part)
+        size = min(max(0, file.spec.size - offset), room)
+        pieces += read_blob(db, file.blob_id, offset, size)
+        offset = max(0, offset - file.spec.size)
+        room -= size
         if room == 0:
             break
-        offset = 0
-    return b"".join(parts)
-
-
-def _read_part(db: Database, blob_id: int, offset: int) -> bytes:
-    index, within = divmod(offset, CHUNK_BYTES)
-    row = db.execute(
-        "SELECT data FROM chunk WHERE id = ?", ((blob_id << CHUNK_INDEX_BITS) + index,)
-    ).fetchone()
-    if row is None:
-        raise StoreUnavailable(f"blob {blob_id} has no chunk {index}")
-    return cast(bytes, row[0][within:])
-
-
-def doom_blobs(db: Database, blob_ids: frozenset[int]) -> None:
-    """Doom those of the blobs that are still open."""
-    db.executemany(
-        "UPDATE blob SET state = 'doomed' WHERE id = ? AND state = 'open'",
-        ((blob_id,) for blob_id in blob_ids),
-    )
+    return b"".join(pieces)

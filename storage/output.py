@@ -1,18 +1,82 @@
-"""Statements on live output: pieces of what a job prints, the middle left out over the limit."""
+"""What jobs print: pieces of it, the middle left out over the limit."""
 
 from __future__ import annotations
 
 from typing import cast
 
 from events import Output
-from records import JobRow, NewOutput, OutputPiece
-from storage.blobs import ERASE_CHUNKS
+from jobs import JobState
+from records import NewOutput, OutputPiece, OutputSource
 from storage.database import Database
-from wire.frames import LIVE_STREAMS
+from storage.file import DatabaseFile
+from storage.transitions import JobRow, receiving_job_of_attempt
+from wire.frames import LIVE_STREAMS, Stream
 
 _OUTPUT_ROW_BYTES = 64 * 1024
 _OUTPUT_GROWING_BYTES = 8 * 1024  # a row grows to about a page, which is written as a whole anyway
 _LIVE_BYTES = 1024 * 1024
+_READ_ROWS = 8
+_ERASE_ROWS = 16
+
+
+class JobOutput:
+    """Adding to what is kept of the output of attempts, and reading it."""
+
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+
+    async def append(self, attempt_id: int, output: NewOutput) -> None:
+        """Add to what is kept of an attempt's output, and tell its followers.
+
+        What is stored already is ignored. Raises :class:`Superseded` if the attempt no longer
+        counts.
+        """
+
+        def operation(db: Database) -> None:
+            job = receiving_job_of_attempt(db, attempt_id)
+            add_output(db, job, attempt_id, output)
+
+        await self._file.write_bytes(operation, output.size)
+
+    async def end(self, attempt_id: int, stream: Stream) -> int:
+        """Return up to where a stream of an attempt is stored."""
+        rows = await self._file.rows(
+            "SELECT start + length(data) FROM output WHERE attempt_id = ? AND stream = ?"
+            " ORDER BY start DESC LIMIT 1",
+            (attempt_id, stream),
+        )
+        return int(rows[0][0]) if rows else 0
+
+    async def latest_end(self, attempt_id: int, stream: Stream) -> int:
+        """Return up to where a stream of an attempt is known, the latest of it included."""
+        stored = await self.end(attempt_id, stream)
+        return max(stored, await self.end(attempt_id, LIVE_STREAMS[stream]))
+
+    async def read(self, attempt_id: int, stream: Stream, start: int) -> list[OutputPiece]:
+        """Return the next pieces that are kept of a stream, from ``start`` on; none at its end."""
+        # what is stored for good first: at the end of a job it takes the place of the other
+        return await self._read_pieces(attempt_id, stream, start) or await self._read_pieces(
+            attempt_id, LIVE_STREAMS[stream], start
+        )
+
+    async def _read_pieces(self, attempt_id: int, stream: Stream, start: int) -> list[OutputPiece]:
+        rows = await self._file.rows(
+            "SELECT start, data FROM output WHERE attempt_id = ?1 AND stream = ?2"
+            " AND start >= coalesce((SELECT max(start) FROM output"
+            "  WHERE attempt_id = ?1 AND stream = ?2 AND start <= ?3), 0)"
+            " ORDER BY start LIMIT ?4",
+            (attempt_id, stream, start, _READ_ROWS),
+        )
+        pieces = (OutputPiece(stream, row[0], row[1]) for row in rows)
+        cut = (piece.after(start) for piece in pieces)
+        return [piece for piece in cut if piece.data]
+
+    async def source(self, job_id: int) -> OutputSource | None:
+        """Return a job as the source of output, None if there is no such job."""
+        rows = await self._file.rows(
+            "SELECT state, attempt_id, attempts FROM job WHERE id = ?", (job_id,)
+        )
+        return OutputSource(JobState(rows[0][0]), *rows[0][1:]) if rows else None
 
 
 def doom_output(db: Database, job_id: int) -> None:
@@ -91,8 +155,8 @@ def erase_some_output(db: Database) -> bool:
         return False
     erased = db.execute(
         "DELETE FROM output WHERE rowid IN (SELECT rowid FROM output WHERE attempt_id = ? LIMIT ?)",
-        (row[0], ERASE_CHUNKS),
+        (row[0], _ERASE_ROWS),
     ).rowcount
-    if erased < ERASE_CHUNKS:
+    if erased < _ERASE_ROWS:
         db.execute("UPDATE attempt SET is_output_doomed = 0 WHERE id = ?", row)
     return True

@@ -1,4 +1,4 @@
-"""Statements that answer questions about jobs: lists, details, attempts, places in line."""
+"""Statements that answer questions about jobs: lists, details, attempts, places in the queue."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ from typing import Any
 from events import Transition
 from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState
 from records import (
-    ActiveJob,
     AttemptRecord,
     JobDetails,
     JobFilter,
     JobPage,
     JobSummary,
-    QueuedJob,
     StoredResult,
 )
 from storage.database import Database
-
-
-def active_job_of(row: Sequence[Any]) -> ActiveJob:
-    """Make the record of a row of the statement on active jobs."""
-    return ActiveJob(QueuedJob(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
-
+from storage.history import HISTORY_OF_JOB, transition_of
 
 QUEUE_POSITION = """
     SELECT 1 + (SELECT count(*) FROM (
@@ -198,7 +191,7 @@ def job_details(db: Database, job_id: int) -> JobDetails | None:
 
 
 def _attempts_of(db: Database, job_id: int) -> tuple[AttemptRecord, ...]:
-    history = [transition_of(row) for row in db.execute(HISTORY, (job_id,))]
+    history = [transition_of(row) for row in db.execute(HISTORY_OF_JOB, (job_id,))]
     attempts = db.execute(
         "SELECT attempt.id, number, agent.name, exit_code"
         " FROM attempt JOIN agent ON agent.id = attempt.agent_id WHERE job_id = ? ORDER BY number",
@@ -225,28 +218,6 @@ def _attempt_record(row: Sequence[Any], history: Sequence[Transition]) -> Attemp
         ended_at=None if end is None else end.at,
         outcome=None if end is None else end.after,
         message="" if end is None else end.reason,
-    )
-
-
-HISTORY = """
-    SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason
-    FROM history JOIN job ON job.id = history.job_id
-    WHERE job_id = ? ORDER BY history.id"""
-
-
-def transition_of(row: Sequence[Any]) -> Transition:
-    """Make the record of a line of the history."""
-    row_id, job_id, user_id, service, attempt, at, before, after, reason = row
-    return Transition(
-        row_id,
-        job_id,
-        user_id,
-        service,
-        attempt,
-        at,
-        None if before is None else JobState(before),
-        JobState(after),
-        reason,
     )
 
 

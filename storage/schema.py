@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 
-from storage.database import Database, StoreRefused
+from records import StoreRefused
+from storage.database import Database
+from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.store")
 
@@ -100,7 +103,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             finished_at = (SELECT max(at) FROM history WHERE job_id = job.id
                            AND to_state IN ('Completed', 'Failed', 'Invalid', 'Killed'))
             WHERE state NOT IN ('Queued', 'Processing', 'Submitted')""",
-        # each line (service, user) in the order in which it is served
+        # each queue (service, user) in the order in which it is served
         "DROP INDEX job_queued",
         """CREATE INDEX job_queued ON job (service, user_id, priority DESC, id)
             WHERE state = 'Queued'""",
@@ -179,6 +182,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
+def demand_ours(db: sqlite3.Connection, path: str) -> None:
+    """Raise :class:`StoreRefused` if a file that a command opened is not one of ours."""
+    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise StoreRefused(f"{path}: not a database of Orchestrator")
+
+
 def migrate(db: Database) -> None:
     """Bring the file to the newest version, in one transaction. Raises :class:`StoreRefused`."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -202,7 +211,7 @@ def migrate(db: Database) -> None:
             for statement in statements:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {number}")
-            log.info("event=migrated version=%d", number)
+            event(log, "migrated", version=number)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute("COMMIT")
     except BaseException:

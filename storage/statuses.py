@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from events import Transition
 from records import JobStatus
 
-_MOST_JOBS = 10_000
-_LONGEST_MESSAGE = 1000  # characters; with a longer one the status is read each time
+_MAX_JOBS = 10_000
+_MAX_MESSAGE = 1000  # characters; with a longer one the status is read each time
 
 
 class LatestStatuses:
@@ -36,7 +36,7 @@ class LatestStatuses:
             event.job_id for event in events if isinstance(event, Transition)
         )
 
-    def settle(self, events: Iterable[object]) -> None:
+    def take_in(self, events: Iterable[object]) -> None:
         """Take in what a commit brought about, in its order."""
         for event in events:
             if isinstance(event, Transition):
@@ -63,8 +63,8 @@ class LatestStatuses:
 
     def _remember(self, status: JobStatus) -> None:
         self._known.pop(status.id, None)  # so that it becomes the last one
-        if len(status.message) > _LONGEST_MESSAGE:
+        if len(status.message) > _MAX_MESSAGE:
             return
-        if len(self._known) >= _MOST_JOBS:
+        if len(self._known) >= _MAX_JOBS:
             del self._known[next(iter(self._known))]
         self._known[status.id] = status

@@ -1,39 +1,42 @@
-"""Who may do what: roles, tokens, and the role that each path needs. Pure, without I/O."""
+"""API tokens and the token of agents, for the server and for commands beside it."""
 
 from __future__ import annotations
 
-import enum
-import hashlib
 import secrets
-from dataclasses import dataclass
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from records import Role, StoreRefused, StoreUnavailable, Token
+from storage.database import opened_by_command
+from storage.file import DatabaseFile
+from storage.schema import APPLICATION_ID, MIGRATIONS
 
 _SECRET_BYTES = 32
+_AGENT_TOKEN = "SELECT value FROM setting WHERE name = 'agent_token'"
 
 
-class Role(enum.StrEnum):
-    """What a token allows; each role includes those before it."""
+class Tokens:
+    """What the server asks about tokens."""
 
-    READ = "read"
-    SUBMIT = "submit"
-    ADMIN = "admin"
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
 
-    def includes(self, other: Role) -> bool:
-        """Whether this role allows what ``other`` does."""
-        roles = list(Role)
-        return roles.index(self) >= roles.index(other)
+    async def all(self) -> Mapping[str, Token]:
+        """Return all API tokens, by the digests of their secrets."""
+        return await self._file.read(_tokens_by_digest)
+
+    async def agent_token(self) -> str:
+        """Return the token that the database was given when it was made."""
+        return str((await self._file.rows(_AGENT_TOKEN))[0][0])
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """What is known of an API token: whose jobs it reaches (None: everybody's), and how far.
+def _tokens_by_digest(db: sqlite3.Connection) -> dict[str, Token]:
+    rows = db.execute("SELECT sha256, name, role, user_id, created_at FROM token ORDER BY name")
+    return {row[0]: Token(row[1], Role(row[2]), row[3], row[4]) for row in rows}
 
-    ``created_at`` in Unix seconds. The secret itself is nowhere.
-    """
 
-    name: str
-    role: Role
-    user_id: int | None
-    created_at: float
+# --- for commands, also beside a running server -----------------------------------
 
 
 def new_secret() -> str:
@@ -41,54 +44,55 @@ def new_secret() -> str:
     return secrets.token_urlsafe(_SECRET_BYTES)
 
 
-def digest_of(secret: str) -> str:
-    """Return what is stored of a secret: its SHA-256, in hex.
+@contextmanager
+def _opened_for_tokens(path: str) -> Iterator[sqlite3.Connection]:
+    with opened_by_command(path) as db:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if application != APPLICATION_ID or version != len(MIGRATIONS):
+            raise StoreRefused(f"{path}: start this version of the server on it once")
+        db.execute("PRAGMA synchronous = FULL")
+        yield db
 
-    A slow, salted hash protects passwords, which can be guessed. Nobody guesses 256 random
-    bits, so it would protect nothing here, and cost every request its time. Looking a digest
-    up tells by its timing nothing of use: who asks can't choose the digest.
+
+def create_token(path: str, token: Token, sha256: str) -> None:
+    """Store an API token by the digest of its secret. Raises :class:`StoreRefused`."""
+    try:
+        with _opened_for_tokens(path) as db:
+            db.execute(
+                "INSERT INTO token (name, sha256, user_id, role, created_at)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (token.name, sha256, token.user_id, token.role, token.created_at),
+            )
+    except sqlite3.IntegrityError:
+        raise StoreRefused(f"the token {token.name} already exists; revoke it first") from None
+
+
+def list_tokens(path: str) -> list[Token]:
+    """Return the API tokens of a database, by name. Raises :class:`StoreRefused`."""
+    with _opened_for_tokens(path) as db:
+        return list(_tokens_by_digest(db).values())
+
+
+def revoke_token(path: str, name: str) -> None:
+    """Remove an API token. Raises :class:`StoreRefused` if there is none of that name."""
+    with _opened_for_tokens(path) as db:
+        if not db.execute("DELETE FROM token WHERE name = ?", (name,)).rowcount:
+            raise StoreRefused(f"there is no token {name}")
+
+
+def read_agent_token(path: str) -> str:
+    """Return the agent token of the database at ``path``, also while a server runs on it.
+
+    Raises :class:`StoreRefused` when there is no such database or no token in it.
     """
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-_OPEN_PATHS = frozenset(
-    {
-        *("/", "/health"),
-        # has a token of its own
-        "/agent",
-        # the documentation: a page and a description that ship with the program, no data
-        *("/swagger-ui", "/swagger-ui/", "/swagger-ui/swagger.json"),
-        "/swagger-ui/swagger_ui_static",
-    }
-)
-
-_SUBMIT_PATHS = frozenset({"/upload", "/terminate/{id}", "/jobs/{id}/rerun"})
-
-_READING = frozenset({"GET", "HEAD"})
-
-_PATHS_FOR_BOUND_TOKENS = frozenset(
-    {
-        # their handlers ask whose jobs they may show or make
-        *("/upload", "/jobs", "/events"),
-        # nobody's jobs
-        *("/agents", "/services", "/metrics"),
-    }
-)
-
-
-def needed_role(method: str, path: str | None) -> Role | None:
-    """Return the role that a route needs, None if it is open to all.
-
-    ``path`` is the route's, with its variables in braces; None for what is not there, of
-    which only who has a token hears. What this module does not know only admins may do.
-    """
-    if path in _OPEN_PATHS:
-        return None
-    if path is None or method in _READING:
-        return Role.READ
-    return Role.SUBMIT if path in _SUBMIT_PATHS else Role.ADMIN
-
-
-def is_for_bound_tokens(path: str | None) -> bool:
-    """Whether a route without a job in its path is safe for tokens that are bound to a user."""
-    return path is None or path in _PATHS_FOR_BOUND_TOKENS
+    try:
+        with opened_by_command(path) as db:
+            row = db.execute(_AGENT_TOKEN).fetchone()
+    except StoreUnavailable as error:
+        raise StoreRefused(str(error)) from None
+    except sqlite3.OperationalError as error:
+        raise StoreRefused(f"{path}: {error}") from None
+    if row is None:
+        raise StoreRefused(f"{path}: there is no agent token in it")
+    return str(row[0])

@@ -1,17 +1,30 @@
-"""Statements that change jobs and agents: each transition with its line of history."""
+"""Changes of a job's state, each with its line of history, and which attempt may make them."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
-from events import AgentChange, AgentChangeKind, Transition
+from events import Transition
 from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, JobState
-from records import IllegalTransition, JobRow, Line, Superseded
+from records import IllegalTransition, Superseded, UserQueue
 from storage.blobs import has_result
 from storage.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job as the statements that change it need it."""
+
+    id: int
+    user_id: int
+    service: str
+    state: JobState
+    attempts: int
+    lost_starts: int
 
 
 def transition(
@@ -80,16 +93,6 @@ def write_history(
     )
 
 
-def write_agent_change(db: Database, agent_id: str, name: str, kind: AgentChangeKind) -> None:
-    """Write one line of the agents' history, to be published with the commit."""
-    at = time.time()
-    row_id = db.execute(
-        "INSERT INTO agent_history (agent_id, name, at, kind) VALUES (?, ?, ?, ?)",
-        (agent_id, name, at, kind),
-    ).lastrowid
-    db.announce(AgentChange(cast(int, row_id), agent_id, name, at, kind))
-
-
 def job_of_attempt(db: Database, attempt_id: int) -> JobRow:
     """Return the job whose current attempt this is; raises :class:`Superseded`."""
     row = db.execute(
@@ -102,13 +105,13 @@ def job_of_attempt(db: Database, attempt_id: int) -> JobRow:
     return job_of(row)
 
 
-def first_of_line(db: Database, line: Line) -> JobRow | None:
-    """Return the job that is next in a line, None if the line is empty."""
+def first_of_queue(db: Database, queue: UserQueue) -> JobRow | None:
+    """Return the job that is next in a queue, None if the queue is empty."""
     row = db.execute(
         "SELECT id, user_id, service, state, attempts, lost_starts FROM job"
         " WHERE state = 'Queued' AND service = ? AND user_id = ?"
         " ORDER BY priority DESC, id LIMIT 1",
-        (line.service, line.user_id),
+        (queue.service, queue.user_id),
     ).fetchone()
     return None if row is None else job_of(row)
 

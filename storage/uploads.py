@@ -8,30 +8,30 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, cast
 
 from jobs import FileSpec, JobState
 from records import (
     InputGone,
+    JobIdentity,
     JobRequest,
-    JobRow,
     KeyReused,
-    QueuedJob,
     QueueFull,
     StoredFile,
+    StoreError,
     Submission,
 )
-from storage.blobs import goes_with_short, insert_chunks, open_blob
-from storage.database import Database, StoreError
-from storage.transitions import write_history
+from storage.blobs import Blobs, insert_chunks, open_blob
+from storage.database import Database
+from storage.file import DatabaseFile, is_short_write
+from storage.transitions import JobRow, write_history
 from telemetry import metrics
+from telemetry.logs import event
 from wire.frames import CHUNK_BYTES
 
 log = logging.getLogger("orchestrator.store")
-
-T = TypeVar("T")
 
 _FLUSH_BYTES = 2 * 1024 * 1024
 KEY_SECONDS = 24 * 3600.0
@@ -54,19 +54,39 @@ class _PendingChunk:
     data: memoryview
 
 
-class BlobStore(Protocol):
-    """What an upload needs of the store that it goes into."""
+class Uploads:
+    """How jobs are made: from uploads, and from jobs that are run again."""
 
-    uploaded_bytes: metrics.Counter
+    def __init__(self, file: DatabaseFile, blobs: Blobs) -> None:
+        self._file = file
+        self._blobs = blobs
+        self.uploaded_bytes = metrics.Counter(
+            "orchestrator_uploaded_bytes_total", "Bytes of the files of jobs that were taken in."
+        )
 
-    def next_blob_id(self) -> int:
-        """Return an id that no blob has."""
+    def new(self) -> Upload:
+        """Begin to take in the files of a new job."""
+        return Upload(self._file, self._blobs, self.uploaded_bytes)
 
-    def erase_later(self, blob_ids: set[int]) -> None:
-        """Have blobs erased that no job will ever refer to."""
+    async def rerun(
+        self, source_id: int, request: JobRequest, message: str, queue_limit: int
+    ) -> Submission:
+        """Make a job from ``request`` and the stored input of another, which both then share.
 
-    async def write_bytes(self, operation: Callable[[Database], T], size: int) -> T:
-        """Write ``size`` bytes; see the store."""
+        Raises :class:`InputGone` if that is no longer stored, and as :meth:`Upload.commit`.
+        """
+        key = key_of(request, (), source_id)
+
+        def operation(db: Database) -> Submission:
+            if repeated := submission_before(db, key):
+                return repeated
+            check_queue(db, request.user_id, queue_limit)
+            job = insert_job(db, request, message, f"rerun of job {source_id}")
+            share_input(db, source_id, job.id)
+            remember_key(db, key, job.id)
+            return Submission(job)
+
+        return await self._file.write_bytes(operation, 0)
 
 
 class Upload:
@@ -76,8 +96,10 @@ class Upload:
     A small upload never touches the disk before its commit.
     """
 
-    def __init__(self, store: BlobStore) -> None:
-        self._store = store
+    def __init__(self, file: DatabaseFile, blobs: Blobs, uploaded_bytes: metrics.Counter) -> None:
+        self._database = file
+        self._blobs = blobs
+        self._uploaded_bytes = uploaded_bytes
         self._file: _OpenFile | None = None
         self._files: list[StoredFile] = []
         self._pending: list[_PendingChunk] = []
@@ -88,7 +110,7 @@ class Upload:
     def start_file(self, name: str) -> None:
         """Begin the next file; the one before must have been finished."""
         assert self._file is None
-        blob_id = self._store.next_blob_id()
+        blob_id = self._blobs.next_id()
         self._file = _OpenFile(name, blob_id, 0, 0, bytearray(), hashlib.sha256())
 
     async def write(self, data: bytes) -> None:
@@ -118,9 +140,9 @@ class Upload:
 
         A repeated request gets the job that it made before, and its bytes are not kept.
         Raises :class:`KeyReused`, and :class:`QueueFull` when ``queue_limit`` jobs of the user
-        are in line.
+        are queued.
         """
-        await self._settle()
+        await self._end_flush()
         files, pending = tuple(self._files), self._take_pending()
         key = key_of(request, files)
 
@@ -132,21 +154,21 @@ class Upload:
             _write_pending(db, pending)
             job = insert_job(db, request, message, "uploaded")
             _insert_files(db, job.id, files)
-            note_key(db, key, job.id)
+            remember_key(db, key, job.id)
             return Submission(job)
 
         weight = sum(len(chunk.data) for chunk in pending)
-        submission = await self._store.write_bytes(operation, weight)
+        submission = await self._database.write_bytes(operation, weight)
         if not submission.is_repeated:
             self._flushed.clear()
-            self._store.uploaded_bytes.add(sum(file.spec.size for file in files))
+            self._uploaded_bytes.add(sum(file.spec.size for file in files))
         return submission
 
-    def is_little(self) -> bool:
+    def is_small(self) -> bool:
         """Whether the commit writes all of it, and goes with the short operations."""
-        return not self.has_loose_ends() and goes_with_short(self._pending_bytes)
+        return not self.leaves_bytes() and is_short_write(self._pending_bytes)
 
-    def has_loose_ends(self) -> bool:
+    def leaves_bytes(self) -> bool:
         """Whether there is anything on its way to the disk, or there, that no job refers to."""
         return self._flushing is not None or bool(self._flushed)
 
@@ -154,10 +176,10 @@ class Upload:
         """Leave nothing behind; does nothing after a commit that made a job."""
         self._pending.clear()
         try:
-            await self._settle()
+            await self._end_flush()
         except StoreError as error:
-            log.info("event=upload_flush_failed error=%r", str(error))
-        self._store.erase_later(self._flushed)
+            event(log, "upload_flush_failed", error=str(error))
+        self._blobs.abandon(self._flushed)
 
     def _cut(self, file: _OpenFile, size: int) -> None:
         """Make chunks of the first bytes of the buffer, which are views of it, not copies."""
@@ -173,7 +195,7 @@ class Upload:
         pending, self._pending, self._pending_bytes = self._pending, [], 0
         return pending
 
-    async def _settle(self) -> None:
+    async def _end_flush(self) -> None:
         if self._flushing is not None:
             # Who is cancelled here must not cancel the write: it stands in the writer's queue
             # and comes, and what is to be erased can be only after it.
@@ -181,11 +203,11 @@ class Upload:
             self._flushing = None
 
     async def _flush(self) -> None:
-        await self._settle()
+        await self._end_flush()
         pending, weight = self._pending, self._pending_bytes
         self._take_pending()
         self._flushed.update(chunk.blob_id for chunk in pending)
-        write = self._store.write_bytes(lambda db: _write_pending(db, pending), weight)
+        write = self._database.write_bytes(lambda db: _write_pending(db, pending), weight)
         self._flushing = asyncio.ensure_future(write)
 
 
@@ -196,7 +218,7 @@ def _write_pending(db: Database, pending: Sequence[_PendingChunk]) -> None:
         insert_chunks(db, chunk.blob_id, chunk.index, [chunk.data])
 
 
-def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> QueuedJob:
+def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> JobIdentity:
     """Make a queued job with its tags and the first line of its history."""
     now = time.time()
     cursor = db.execute(
@@ -215,14 +237,14 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
     job = JobRow(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
     line = write_history(db, job, now, None, JobState.QUEUED, reason)
     db.announce(dataclasses.replace(line, created_at=now, message=message))
-    return QueuedJob(job_id, request.user_id, request.service)
+    return JobIdentity(job_id, request.user_id, request.service)
 
 
 def check_queue(db: Database, user_id: int, limit: int) -> None:
-    """Raise :class:`QueueFull` if ``limit`` jobs of the user are in line."""
+    """Raise :class:`QueueFull` if ``limit`` jobs of the user are queued."""
     row = db.execute("SELECT jobs FROM queue_length WHERE user_id = ?", (user_id,)).fetchone()
     if row is not None and row[0] >= limit:
-        raise QueueFull(f"user {user_id} has {row[0]} jobs in line, which is the limit")
+        raise QueueFull(f"user {user_id} has {row[0]} jobs queued, which is the limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,10 +282,10 @@ def submission_before(db: Database, key: _Key | None) -> Submission | None:
         return None
     if row[0] != key.content_sha256:
         raise KeyReused("Idempotency-Key: it was used for a request with other content")
-    return Submission(QueuedJob(row[1], key.user_id, row[2]), is_repeated=True)
+    return Submission(JobIdentity(row[1], key.user_id, row[2]), is_repeated=True)
 
 
-def note_key(db: Database, key: _Key | None, job_id: int) -> None:
+def remember_key(db: Database, key: _Key | None, job_id: int) -> None:
     """Remember what a request of this key made; None is no key."""
     if key is not None:
         db.execute(

@@ -18,7 +18,7 @@ import config
 import runtime
 from api import application as api
 from dispatch import Dispatcher
-from storage.database import StoreFull
+from records import StoreFull
 from store import Store
 from tests.harness import Answer, Server, curl, eventually, running_server
 

@@ -21,18 +21,18 @@ def transition(number: int, job_id: int) -> Transition:
 
 async def test_a_commit_is_told_and_a_refused_change_is_not(tmp_path: Path) -> None:
     async with opened(tmp_path / "orchestrator.db") as store:
-        await store.note_agent("agent-1", "one")
+        await store.agents.record_connection("agent-1", "one")
         with store.feed.all_events(limit=10) as subscription:
             job = await make_job(store)
             attempt = await begin(store, job)
             outcomes = await asyncio.gather(
-                store.finish(report(attempt.attempt_id, b"r"), 0, [b"r"]),
-                store.advance(attempt.attempt_id, JobState.SUBMITTED, "test"),
+                store.attempts.finish(report(attempt.attempt_id, b"r"), 0, [b"r"]),
+                store.attempts.advance(attempt.attempt_id, JobState.SUBMITTED, "test"),
                 return_exceptions=True,
             )
             assert isinstance(outcomes[0], IllegalTransition)
             told = [await subscription.next() for _ in range(3)]
-        assert told == await store.history(job.id)
+        assert told == await store.history.of_job(job.id)
         after = [event.after for event in told if isinstance(event, Transition)]
         assert after == [JobState.QUEUED, JobState.PROCESSING, JobState.SUBMITTED]
 

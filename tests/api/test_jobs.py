@@ -120,8 +120,8 @@ async def _fill(path: Path, seed: int, count: int) -> list[JobSummary]:
     chance = random.Random(seed)
     now = time.time()
     async with opened(path) as store:
-        await store.note_agent("agent-1", "one")
-        await store.note_agent("agent-2", "two")
+        await store.agents.record_connection("agent-1", "one")
+        await store.agents.record_connection("agent-2", "two")
     jobs = []
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         for job_id in range(1, count + 1):
@@ -200,7 +200,7 @@ async def test_pages_of_a_list_hold_every_job_that_is_asked_for_and_no_other(
             found: list[JobSummary] = []
             before: int | None = None
             while before is None or before > 0:
-                page = await store.find_jobs(wanted, before, limit=chance.choice([1, 5, 100]))
+                page = await store.jobs.find(wanted, before, limit=chance.choice([1, 5, 100]))
                 found += page.jobs
                 before = 0 if page.next_before is None else page.next_before
             assert found == [job for job in jobs if _matches(job, wanted)], wanted

@@ -152,13 +152,13 @@ async def streaming(store: Store) -> AsyncIterator[TestClient[Any, Any]]:
 
 
 async def test_a_filter_lets_through_only_what_is_asked_for(store: Store) -> None:
-    await store.note_agent("agent-1", "one")
+    await store.agents.record_connection("agent-1", "one")
     async with streaming(store) as client:
         response = await client.get("/events?user_id=2&service=example")
         await response.content.readuntil(b"\n\n")
         await make_job(store, user_id=1)
         mine = await make_job(store, user_id=2)
-        await store.note_agent("agent-2", "two")
+        await store.agents.record_connection("agent-2", "two")
         told = list(parse((await response.content.readuntil(b"}\n\n")).decode()))
         assert [event.data["id"] for event in told] == [mine.id]
         # the position is past what was not wanted
@@ -171,7 +171,7 @@ async def test_a_quiet_stream_shows_that_it_lives(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api_events, "_HEARTBEAT_SECONDS", 0.05)
-    await store.note_agent("agent-1", "one")
+    await store.agents.record_connection("agent-1", "one")
     async with streaming(store) as client:
         response = await client.get("/events")
         assert await response.content.readuntil(b"\n\n") == b"id: 0-1\n\n"

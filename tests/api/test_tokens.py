@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 import runtime
+from api.policy import is_for_bound_tokens, needed_role
 from commands import operators
-from storage import tokens as access
-from storage.maintenance import create_token, revoke_token
-from storage.tokens import Role, Token, is_for_bound_tokens, needed_role
+from records import Role, Token, digest_of
+from storage.tokens import create_token, new_secret, revoke_token
 from tests.harness import PROJECT, Answer, Server, curl, run, running_server
 
 
@@ -48,10 +48,10 @@ def presented(secret: str) -> tuple[str, str]:
 
 async def new_token(server: Server, name: str, user: str, role: str) -> tuple[str, str]:
     """Make a token beside the server, as the command does; returns curl's arguments for it."""
-    secret = access.new_secret()
+    secret = new_secret()
     user_id = None if user == "any" else int(user)
     token = Token(name, Role(role), user_id, time.time())
-    await asyncio.to_thread(create_token, str(server.database), token, access.digest_of(secret))
+    await asyncio.to_thread(create_token, str(server.database), token, digest_of(secret))
     return presented(secret)
 
 
@@ -129,7 +129,7 @@ async def test_tokens_are_demanded_honoured_and_revoked_while_the_server_runs(
     code, output = await token_command(
         server, "create", "--name", "web", "--user", "1", "--role", "read"
     )
-    assert (code, "there is a token web already" in output) == (2, True)
+    assert (code, "the token web already exists" in output) == (2, True)
     code, output = await token_command(server, "list")
     assert re.fullmatch(r"web user=any role=submit created=\d{4}-\d\d-\d\dT[\d:]{8}Z\n", output)
     files = [path for path in server.directory.iterdir() if path.is_file()]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.maintenance import check
+from storage.check import check
 from tests.harness import AgentProcess, Answer, Server, curl, eventually, running_server
 
 
@@ -247,7 +247,7 @@ async def test_a_user_with_a_full_line_is_told_when_to_come_back(
         assert sorted(answer.status for answer in answers) == [201, 429, 429, 429]
         refused = await submit(server, folder, "-i")
         assert b"\r\nretry-after: 30\r\n" in refused.body.lower()
-        assert_error(await rerun(server, 1), 429, "user 1 has 2 jobs in line")
+        assert_error(await rerun(server, 1), 429, "user 1 has 2 jobs queued")
         assert await submit(server, folder, *key) == first
         assert (await submit(server, folder, user=2)).status == 201
         assert (await curl("-X", "POST", f"{server.url}/terminate/1")).status == 200

@@ -14,14 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from config import ServiceLimits
 from events import Transition
 from jobs import ACTIVE_STATES, JobState
-from records import Line
+from records import UserQueue
 from scheduler import Counts, FairQueue, FreeSlots
 
 pytestmark = pytest.mark.quick
 
 _LIMITS = {"dock": ServiceLimits(runs_per_user=2, max_runs=3), "fold": ServiceLimits(1, 5)}
 _SERVICES = sorted(_LIMITS)
-_LINES = [Line(service, user) for service in _SERVICES for user in range(1, 5)]
+_LINES = [UserQueue(service, user) for service in _SERVICES for user in range(1, 5)]
 
 
 def anything(service: str) -> bool:
@@ -32,7 +32,7 @@ def anything(service: str) -> bool:
 @dataclass
 class _Job:
     id: int
-    line: Line
+    line: UserQueue
     priority: int
     state: JobState = JobState.QUEUED
 
@@ -48,13 +48,13 @@ class FairQueueModel(RuleBasedStateMachine):
         super().__init__()
         self.queue = FairQueue(_LIMITS)
         self.jobs: list[_Job] = []
-        self.under_way: list[Line] = []
-        self.overtaken_by: dict[Line, set[Line]] = {}
+        self.under_way: list[UserQueue] = []
+        self.overtaken_by: dict[UserQueue, set[UserQueue]] = {}
 
     # --- what happens to jobs
 
     @rule(line=st.sampled_from(_LINES), priority=st.integers(-1, 1))
-    def upload(self, line: Line, priority: int) -> None:
+    def upload(self, line: UserQueue, priority: int) -> None:
         job = _Job(len(self.jobs), line, priority)
         self.jobs.append(job)
         self._tell(job, None)
@@ -86,7 +86,7 @@ class FairQueueModel(RuleBasedStateMachine):
         self.under_way.append(line)
 
     @rule(line=st.sampled_from(_LINES))
-    def decide_ahead(self, line: Line) -> None:
+    def decide_ahead(self, line: UserQueue) -> None:
         """For a job that may come into the line later, or never."""
         others = [other for other in _LINES if other.service == line.service]
         is_slot_free = self._is_service_below_its_limit(line.service)
@@ -153,7 +153,7 @@ class FairQueueModel(RuleBasedStateMachine):
             else:
                 self.overtaken_by.pop(line, None)
 
-    def _note_turn(self, line: Line) -> None:
+    def _note_turn(self, line: UserQueue) -> None:
         """Users take turns: none goes twice while another of the service could have gone."""
         for other, overtakers in self.overtaken_by.items():
             if other.service == line.service and other != line:
@@ -172,13 +172,13 @@ class FairQueueModel(RuleBasedStateMachine):
     def _in(self, *states: JobState) -> list[_Job]:
         return [job for job in self.jobs if job.state in states]
 
-    def _count(self, line: Line, *states: JobState) -> int:
+    def _count(self, line: UserQueue, *states: JobState) -> int:
         return sum(job.line == line for job in self._in(*states))
 
-    def _active(self, line: Line) -> int:
+    def _active(self, line: UserQueue) -> int:
         return self._count(line, *ACTIVE_STATES) + self.under_way.count(line)
 
-    def _may_run(self, line: Line) -> bool:
+    def _may_run(self, line: UserQueue) -> bool:
         is_slot_free = self._is_service_below_its_limit(line.service)
         return self._may_run_for_its_user(line) and is_slot_free
 
@@ -186,7 +186,7 @@ class FairQueueModel(RuleBasedStateMachine):
         running = sum(self._active(line) for line in _LINES if line.service == service)
         return running < _LIMITS[service].max_runs
 
-    def _may_run_for_its_user(self, line: Line) -> bool:
+    def _may_run_for_its_user(self, line: UserQueue) -> bool:
         waiting = self._count(line, JobState.QUEUED) - self.under_way.count(line)
         return waiting > 0 and self._active(line) < _LIMITS[line.service].runs_per_user
 
@@ -195,7 +195,7 @@ TestFairQueueModel = FairQueueModel.TestCase
 TestFairQueueModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
-def _take(queue: FairQueue, number: int) -> list[Line]:
+def _take(queue: FairQueue, number: int) -> list[UserQueue]:
     """Take jobs that run at once and end at once."""
     taken = []
     for _ in range(number):
@@ -212,21 +212,21 @@ def _take(queue: FairQueue, number: int) -> list[Line]:
 
 def test_users_take_turns_however_much_one_of_them_queued() -> None:
     queue = FairQueue({"dock": ServiceLimits(runs_per_user=5, max_runs=10)})
-    queue.count(Line("dock", 1), waiting=1_000_000, active=0)
-    queue.count(Line("dock", 2), waiting=3, active=0)
+    queue.count(UserQueue("dock", 1), waiting=1_000_000, active=0)
+    queue.count(UserQueue("dock", 2), waiting=3, active=0)
     assert [line.user_id for line in _take(queue, 8)] == [1, 2, 1, 2, 1, 2, 1, 1]
 
 
 def test_services_take_turns() -> None:
     queue = FairQueue(_LIMITS)
     for service in _SERVICES:
-        queue.count(Line(service, 1), waiting=3, active=0)
+        queue.count(UserQueue(service, 1), waiting=3, active=0)
     assert [line.service for line in _take(queue, 6)] == ["dock", "fold"] * 3
 
 
 def test_jobs_that_were_active_before_a_restart_count() -> None:
     queue = FairQueue(_LIMITS)
-    line = Line("fold", 7)
+    line = UserQueue("fold", 7)
     queue.count(line, waiting=0, active=1)
     queue.count(line, waiting=1, active=0)
     assert queue.next_for(anything) is None
@@ -237,7 +237,7 @@ def test_jobs_that_were_active_before_a_restart_count() -> None:
 
 def test_other_limits_apply_from_the_next_decision_on() -> None:
     queue = FairQueue({"dock": ServiceLimits(runs_per_user=1, max_runs=1)})
-    line = Line("dock", 1)
+    line = UserQueue("dock", 1)
     queue.count(line, waiting=4, active=0)
     assert queue.next_for(anything) == line
     assert queue.next_for(anything) is None
@@ -251,7 +251,7 @@ def test_other_limits_apply_from_the_next_decision_on() -> None:
 
 def test_jobs_of_a_service_that_is_not_configured_wait_until_it_is() -> None:
     queue = FairQueue({})
-    line = Line("dock", 1)
+    line = UserQueue("dock", 1)
     queue.count(line, waiting=3, active=0)
     assert queue.next_for(anything) is None
     queue.set_limits({"dock": ServiceLimits()})
@@ -266,10 +266,10 @@ def test_jobs_of_a_service_that_is_not_configured_wait_until_it_is() -> None:
 def test_a_service_that_no_free_agent_offers_is_passed_over_and_keeps_its_turn() -> None:
     queue = FairQueue(_LIMITS)
     for service in _SERVICES:
-        queue.count(Line(service, 1), waiting=2, active=0)
-    assert queue.next_for("fold".__eq__) == Line("fold", 1)
+        queue.count(UserQueue(service, 1), waiting=2, active=0)
+    assert queue.next_for("fold".__eq__) == UserQueue("fold", 1)
     assert queue.next_for("fold".__eq__) is None  # its quota
-    assert queue.next_for(anything) == Line("dock", 1)
+    assert queue.next_for(anything) == UserQueue("dock", 1)
 
 
 class FreeSlotsModel(RuleBasedStateMachine):

@@ -49,7 +49,7 @@ async def test_a_backup_overwrites_nothing_and_needs_a_database(
     precious = tmp_path / "precious"
     precious.write_text("mine")
     code, output = await orchestrator("backup", precious, "--db", bare_server.database)
-    assert (code, "is there already" in output) == (2, True)
+    assert (code, "already exists" in output) == (2, True)
     assert precious.read_text() == "mine"
     code, output = await orchestrator("backup", tmp_path / "new", "--db", tmp_path / "none")
     assert (code, "no such file" in output) == (2, True)

@@ -14,9 +14,9 @@ import pytest
 
 from events import Transition
 from jobs import JobState
-from records import JobStatus, Line, Loss
-from storage import database
+from records import JobStatus, Loss, UserQueue
 from storage import statuses as store_status
+from storage import writer
 from storage.database import Database
 from storage.statuses import LatestStatuses
 from store import Store
@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 async def store(path: Path) -> AsyncIterator[Store]:
     async with opened(path) as store:
-        await store.note_agent("agent-1", "one")
+        await store.agents.record_connection("agent-1", "one")
         yield store
 
 
@@ -49,30 +49,32 @@ def stored(path: Path, job_id: int) -> JobStatus:
 
 async def test_a_poll_is_answered_while_no_connection_is_free_to_read(store: Store) -> None:
     job = await make_job(store)
-    readers = [store._idle_readers.get_nowait() for _ in range(store._idle_readers.qsize())]
-    assert await store.job_status(job.id) == JobStatus(job.id, JobState.QUEUED, "uploaded")
+    readers = [
+        store._file._idle_readers.get_nowait() for _ in range(store._file._idle_readers.qsize())
+    ]
+    assert await store.jobs.status(job.id) == JobStatus(job.id, JobState.QUEUED, "uploaded")
     await begin(store, job)
-    assert await store.job_status(job.id) == JobStatus(job.id, JobState.PROCESSING, "")
+    assert await store.jobs.status(job.id) == JobStatus(job.id, JobState.PROCESSING, "")
     for reader in readers:
-        store._idle_readers.put_nowait(reader)
+        store._file._idle_readers.put_nowait(reader)
 
 
 async def test_after_a_restart_the_first_poll_reads_and_the_next_does_not(path: Path) -> None:
     async with opened(path) as store:
         job = await make_job(store)
     async with opened(path) as store:
-        first = await store.job_status(job.id)
-        store._idle_readers.get_nowait()
-        store._idle_readers.get_nowait()
-        store._idle_readers.get_nowait()
-        assert first == await store.job_status(job.id) == stored(path, job.id)
+        first = await store.jobs.status(job.id)
+        store._file._idle_readers.get_nowait()
+        store._file._idle_readers.get_nowait()
+        store._file._idle_readers.get_nowait()
+        assert first == await store.jobs.status(job.id) == stored(path, job.id)
 
 
 async def test_the_status_is_that_of_the_file_after_every_kind_of_change(
     store: Store, path: Path
 ) -> None:
     async def agree(job_id: int, state: JobState) -> None:
-        status = await store.job_status(job_id)
+        status = await store.jobs.status(job_id)
         assert status == stored(path, job_id)
         assert status is not None
         assert status.state is state
@@ -81,30 +83,30 @@ async def test_the_status_is_that_of_the_file_after_every_kind_of_change(
     await agree(job.id, JobState.QUEUED)
     attempt_id = await run_job(store, job)
     await agree(job.id, JobState.RUNNING)
-    await store.requeue(attempt_id, Loss.REPORTED, "lost", max_attempts=2)
+    await store.attempts.requeue(attempt_id, Loss.REPORTED, "lost", max_attempts=2)
     await agree(job.id, JobState.QUEUED)
     attempt_id = await run_job(store, job)
-    await store.requeue(attempt_id, Loss.REPORTED, "lost", max_attempts=2)
+    await store.attempts.requeue(attempt_id, Loss.REPORTED, "lost", max_attempts=2)
     await agree(job.id, JobState.FAILED)
 
     completed = await make_job(store)
     attempt_id = await run_job(store, completed)
     report = Finished(attempt_id, JobState.COMPLETED, 0, "done well", len(RESULT), "0" * 64)
-    await store.finish(report, 0, [RESULT])
+    await store.attempts.finish(report, 0, [RESULT])
     await agree(completed.id, JobState.COMPLETED)
 
     withdrawn = await make_job(store)
-    assert await store.withdraw(withdrawn.id, "not wanted")
+    assert await store.jobs.withdraw(withdrawn.id, "not wanted")
     await agree(withdrawn.id, JobState.KILLED)
     killed = await make_job(store)
     await run_job(store, killed)
-    await store.kill(killed.id, "stopped")
+    await store.jobs.kill(killed.id, "stopped")
     await agree(killed.id, JobState.KILLED)
     rejected = await make_job(store)
-    await store.reject((await begin(store, rejected)).attempt_id, "no such thing")
+    await store.attempts.reject((await begin(store, rejected)).attempt_id, "no such thing")
     await agree(rejected.id, JobState.INVALID)
 
-    while await store.clean_jobs_final_since(time.time()):
+    while await store.retention.clean_jobs_final_since(time.time()):
         pass
     for job_id in (job.id, completed.id, withdrawn.id, killed.id, rejected.id):
         await agree(job_id, JobState.CLEANED)
@@ -115,10 +117,10 @@ async def test_what_others_can_read_already_is_told_before_the_commit_is_acknowl
 ) -> None:
     """Otherwise a client could see a job's end in one answer, and not in the next."""
     job = await make_job(store)
-    assert await store.job_status(job.id) is not None
+    assert await store.jobs.status(job.id) is not None
     is_committed, may_go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
-    run_batch = database._run_batch
+    run_batch = writer._run_batch
 
     def run_slowly(
         db: Database, functions: Sequence[Callable[[Database], Any]], before_commit: Any
@@ -130,16 +132,18 @@ async def test_what_others_can_read_already_is_told_before_the_commit_is_acknowl
             may_go_on.wait()
         return outcome
 
-    monkeypatch.setattr(database, "_run_batch", run_slowly)
-    beginning = asyncio.create_task(store.begin_next(Line("example", 1), "agent-1", "test"))
+    monkeypatch.setattr(writer, "_run_batch", run_slowly)
+    beginning = asyncio.create_task(
+        store.attempts.begin_next(UserQueue("example", 1), "agent-1", "test")
+    )
     try:
         await is_committed.wait()
-        assert await store.job_status(job.id) == stored(path, job.id)
+        assert await store.jobs.status(job.id) == stored(path, job.id)
         assert not beginning.done()
     finally:
         may_go_on.set()
     await beginning
-    assert await store.job_status(job.id) == stored(path, job.id)
+    assert await store.jobs.status(job.id) == stored(path, job.id)
 
 
 def moved(job_id: int, after: JobState, message: str = "") -> Transition:
@@ -162,7 +166,7 @@ async def test_a_read_that_a_commit_overtakes_is_not_kept() -> None:
     reading = asyncio.create_task(statuses.get(1, read))
     await asyncio.sleep(0)
     statuses.doubt([moved(1, JobState.PROCESSING)])
-    statuses.settle([moved(1, JobState.PROCESSING)])
+    statuses.take_in([moved(1, JobState.PROCESSING)])
     may_end.set()
     await reading
     assert await statuses.get(1, unknown) == JobStatus(1, JobState.PROCESSING, "")
@@ -171,7 +175,7 @@ async def test_a_read_that_a_commit_overtakes_is_not_kept() -> None:
 async def test_an_overtaken_read_is_not_kept_even_if_the_newer_status_is_not_known_any_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store_status, "_MOST_JOBS", 1)
+    monkeypatch.setattr(store_status, "_MAX_JOBS", 1)
     statuses = LatestStatuses()
     may_end = asyncio.Event()
 
@@ -181,7 +185,7 @@ async def test_an_overtaken_read_is_not_kept_even_if_the_newer_status_is_not_kno
 
     reading = asyncio.create_task(statuses.get(1, read))
     await asyncio.sleep(0)
-    statuses.settle([moved(1, JobState.PROCESSING), moved(2, JobState.PROCESSING)])
+    statuses.take_in([moved(1, JobState.PROCESSING), moved(2, JobState.PROCESSING)])
     may_end.set()
     await reading
     assert await statuses.get(1, unknown) is None
@@ -191,11 +195,11 @@ async def test_an_overtaken_read_is_not_kept_even_if_the_newer_status_is_not_kno
 async def test_only_so_many_statuses_and_no_long_ones_are_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store_status, "_MOST_JOBS", 3)
+    monkeypatch.setattr(store_status, "_MAX_JOBS", 3)
     statuses = LatestStatuses()
-    statuses.settle([moved(job_id, JobState.QUEUED) for job_id in range(1, 6)])
+    statuses.take_in([moved(job_id, JobState.QUEUED) for job_id in range(1, 6)])
     assert [await statuses.get(job_id, unknown) is None for job_id in range(1, 6)] == [
         *(True, True, False, False, False)
     ]
-    statuses.settle([moved(4, JobState.FAILED, "long" * 1000)])
+    statuses.take_in([moved(4, JobState.FAILED, "long" * 1000)])
     assert await statuses.get(4, unknown) is None

@@ -22,22 +22,23 @@ from records import (
     IllegalTransition,
     InputGone,
     JobFilter,
+    JobIdentity,
     JobRequest,
-    Line,
     Loss,
     NewOutput,
     OutputPiece,
-    QueuedJob,
     QueueFull,
     ResultMismatch,
-    StoredResult,
+    StoreFull,
+    StoreRefused,
     Superseded,
+    UserQueue,
 )
 from storage import schema
-from storage.blobs import LITTLE_BYTES
-from storage.database import Database, StoreFull, StoreRefused, checkpoint
-from storage.maintenance import check, read_agent_token
-from storage.results import LatestResults, ResultStored
+from storage.blobs import SMALL_BYTES
+from storage.check import check
+from storage.database import Database, checkpoint
+from storage.tokens import read_agent_token
 from store import Store
 from wire.frames import CHUNK_BYTES, Stream
 from wire.messages import Finished
@@ -68,12 +69,12 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 async def store(path: Path) -> AsyncIterator[Store]:
     async with opened(path) as store:
-        await store.note_agent("agent-1", "one")
+        await store.agents.record_connection("agent-1", "one")
         yield store
 
 
-async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> QueuedJob:
-    upload = store.new_upload()
+async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> JobIdentity:
+    upload = store.uploads.new()
     upload.start_file("run.sh")
     await upload.write(content)
     await upload.finish_file()
@@ -81,19 +82,19 @@ async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> 
     return (await upload.commit(request, "uploaded", NO_LIMIT)).job
 
 
-async def begin(store: Store, job: QueuedJob) -> Assignment:
+async def begin(store: Store, job: JobIdentity) -> Assignment:
     """Give a job, which must be the first of its line, to an agent."""
-    assignment = await store.begin_next(job.line, "agent-1", "test")
+    assignment = await store.attempts.begin_next(job.queue, "agent-1", "test")
     assert assignment is not None
     assert assignment.job == job
     return assignment
 
 
-async def run_job(store: Store, job: QueuedJob) -> int:
+async def run_job(store: Store, job: JobIdentity) -> int:
     """Bring a job to Running; returns the attempt's id."""
     assignment = await begin(store, job)
-    await store.advance(assignment.attempt_id, JobState.SUBMITTED, "test")
-    await store.advance(assignment.attempt_id, JobState.RUNNING, "test")
+    await store.attempts.advance(assignment.attempt_id, JobState.SUBMITTED, "test")
+    await store.attempts.advance(assignment.attempt_id, JobState.RUNNING, "test")
     return assignment.attempt_id
 
 
@@ -126,7 +127,7 @@ async def test_a_sqlite_that_is_too_old_is_refused_before_anything_is_written(
 
 async def test_files_come_back_as_they_went_in(store: Store) -> None:
     contents = [b"", b"x", bytes(range(256)) * 5000, b"y" * CHUNK_BYTES, b"z" * (CHUNK_BYTES + 1)]
-    upload = store.new_upload()
+    upload = store.uploads.new()
     for number, content in enumerate(contents):
         upload.start_file(f"file {number}")
         for start in range(0, len(content), 100_000):
@@ -136,7 +137,7 @@ async def test_files_come_back_as_they_went_in(store: Store) -> None:
     assignment = await begin(store, job)
     stream, whole = b"", b"".join(contents)
     while len(stream) < len(whole):
-        stream += await store.read_files(assignment.files, len(stream))
+        stream += await store.blobs.read_files(assignment.files, len(stream))
     assert stream == whole
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     assert [file.spec.sha256 for file in assignment.files] == digests
@@ -148,8 +149,8 @@ async def test_an_upload_cancelled_while_its_bytes_are_written_leaves_nothing(
     for _ in range(20):
         await store.probe()  # meanwhile the eraser has looked round, as it does at the start
     disk_answers = threading.Event()
-    hanging = asyncio.ensure_future(store._writer.write(lambda _: disk_answers.wait(20)))
-    upload = store.new_upload()
+    hanging = asyncio.ensure_future(store._file._writer.write(lambda _: disk_answers.wait(20)))
+    upload = store.uploads.new()
     upload.start_file("data")
 
     async def fill() -> None:
@@ -183,7 +184,7 @@ async def test_writes_that_wait_together_share_a_transaction(store: Store) -> No
         nonlocal commits
         commits += statement == "COMMIT"
 
-    await store._connections[0].set_trace_callback(count)
+    await store._file._connections[0].set_trace_callback(count)
     await asyncio.gather(*(make_job(store) for _ in range(200)))
     assert commits < 20
 
@@ -192,20 +193,20 @@ async def test_one_failing_operation_does_not_fail_its_neighbours(store: Store) 
     job = await make_job(store)
     outcomes = await asyncio.gather(
         store.probe(),
-        store.begin_next(job.line, "no such agent", "test"),
+        store.attempts.begin_next(job.queue, "no such agent", "test"),
         make_job(store),
         return_exceptions=True,
     )
     assert outcomes[0] is None
     assert isinstance(outcomes[1], sqlite3.IntegrityError)
-    assert isinstance(outcomes[2], QueuedJob)
-    status = await store.job_status(job.id)
+    assert isinstance(outcomes[2], JobIdentity)
+    status = await store.jobs.status(job.id)
     assert status is not None
     assert status.state is JobState.QUEUED
 
 
 async def test_an_abandoned_upload_leaves_no_row_and_no_bytes(store: Store, path: Path) -> None:
-    upload = store.new_upload()
+    upload = store.uploads.new()
     upload.start_file("run.sh")
     await upload.write(bytes(5 * 1024 * 1024))
     await upload.abandon()
@@ -217,7 +218,7 @@ async def test_an_abandoned_upload_leaves_no_row_and_no_bytes(store: Store, path
 async def test_an_upload_cut_short_by_a_crash_is_cleaned_at_start(path: Path) -> None:
     async with opened(path) as store:
         await make_job(store, b"stays")
-        upload = store.new_upload()
+        upload = store.uploads.new()
         upload.start_file("run.sh")
         await upload.write(bytes(5 * 1024 * 1024))
         await store.probe()  # what was flushed before is committed now
@@ -255,8 +256,8 @@ async def test_a_newer_file_a_foreign_file_and_a_damaged_file_are_refused(tmp_pa
 async def test_every_transition_is_written_to_the_history(store: Store) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
-    await store.finish(report(attempt_id, b"result"), 0, [b"result"])
-    history = await store.history(job.id)
+    await store.attempts.finish(report(attempt_id, b"result"), 0, [b"result"])
+    history = await store.history.of_job(job.id)
     assert [transition.after for transition in history] == [
         JobState.QUEUED,
         JobState.PROCESSING,
@@ -281,40 +282,40 @@ async def test_a_transition_that_the_table_does_not_allow_changes_nothing(store:
     job = await make_job(store)
     assignment = await begin(store, job)
     with pytest.raises(IllegalTransition):
-        await store.finish(report(assignment.attempt_id, b"r"), 0, [b"r"])
-    status = await store.job_status(job.id)
+        await store.attempts.finish(report(assignment.attempt_id, b"r"), 0, [b"r"])
+    status = await store.jobs.status(job.id)
     assert status is not None
     assert status.state is JobState.PROCESSING
-    assert await store.result_size(assignment.attempt_id) == 0
+    assert await store.attempts.result_size(assignment.attempt_id) == 0
 
 
 async def test_an_older_attempt_can_do_nothing(store: Store) -> None:
     job = await make_job(store)
     old = await run_job(store, job)
-    await store.append_result(old, 0, [bytes(CHUNK_BYTES)])
-    assert await store.requeue(old, Loss.AGENT_AWAY, "lost", 3) is JobState.QUEUED
+    await store.attempts.append_result(old, 0, [bytes(CHUNK_BYTES)])
+    assert await store.attempts.requeue(old, Loss.AGENT_AWAY, "lost", 3) is JobState.QUEUED
     new = await run_job(store, job)
     for late in (
-        store.advance(old, JobState.RUNNING, "late"),
-        store.append_result(old, CHUNK_BYTES, [b"x"]),
-        store.finish(report(old, b"late"), 0, [b"late"]),
-        store.requeue(old, Loss.AGENT_AWAY, "late", 3),
-        store.reject(old, "late"),
+        store.attempts.advance(old, JobState.RUNNING, "late"),
+        store.attempts.append_result(old, CHUNK_BYTES, [b"x"]),
+        store.attempts.finish(report(old, b"late"), 0, [b"late"]),
+        store.attempts.requeue(old, Loss.AGENT_AWAY, "late", 3),
+        store.attempts.reject(old, "late"),
     ):
         with pytest.raises(Superseded):
             await late
-    await store.finish(report(new, b"new"), 0, [b"new"])
-    result = await store.result(job.id)
+    await store.attempts.finish(report(new, b"new"), 0, [b"new"])
+    result = await store.blobs.result_of_job(job.id)
     assert result is not None
-    assert await store.read_chunk(result.blob_id, 0) == b"new"
+    assert await store.blobs.read(result.blob_id, 0, 3) == [b"new"]
 
 
 async def test_a_repeated_finish_does_no_harm(store: Store) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
     for _ in range(2):
-        await store.finish(report(attempt_id, b"result"), 0, [b"result"])
-    assert len(await store.history(job.id)) == 5
+        await store.attempts.finish(report(attempt_id, b"result"), 0, [b"result"])
+    assert len(await store.history.of_job(job.id)) == 5
 
 
 async def test_a_line_gives_its_jobs_by_priority_then_in_the_order_of_their_arrival(
@@ -326,80 +327,58 @@ async def test_a_line_gives_its_jobs_by_priority_then_in_the_order_of_their_arri
         db.execute("UPDATE job SET priority = 7 WHERE id IN (?, ?)", (jobs[2].id, jobs[4].id))
         db.commit()
     expected = [jobs[index] for index in (2, 4, 0, 1, 3)]
-    assert [await store.queue_position(job.id) for job in expected] == [1, 2, 3, 4, 5]
-    assert await store.queued_lines() == {jobs[0].line: 5, other.line: 1}
+    assert [await store.jobs.queue_position(job.id) for job in expected] == [1, 2, 3, 4, 5]
+    assert await store.jobs.queue_lengths() == {jobs[0].queue: 5, other.queue: 1}
     first = await begin(store, expected[0])
-    assert await store.queue_position(expected[0].id) is None
-    assert await store.withdraw(expected[1].id, "not wanted")
-    assert not await store.withdraw(expected[0].id, "an agent has it")
+    assert await store.jobs.queue_position(expected[0].id) is None
+    assert await store.jobs.withdraw(expected[1].id, "not wanted")
+    assert not await store.jobs.withdraw(expected[0].id, "an agent has it")
     await begin(store, expected[2])
     # queued again, it keeps its place
-    await store.requeue(first.attempt_id, Loss.AGENT_AWAY, "lost", 2)
-    assert await store.queue_position(expected[0].id) == 1
+    await store.attempts.requeue(first.attempt_id, Loss.AGENT_AWAY, "lost", 2)
+    assert await store.jobs.queue_position(expected[0].id) == 1
     for job in (expected[0], *expected[3:]):
         await begin(store, job)
-    assert await store.begin_next(other.line, "agent-1", "test") is not None
-    for line in (other.line, jobs[0].line, Line("example", 3)):
-        assert await store.begin_next(line, "agent-1", "test") is None
-    assert await store.queued_lines() == {}
+    assert await store.attempts.begin_next(other.queue, "agent-1", "test") is not None
+    for line in (other.queue, jobs[0].queue, UserQueue("example", 3)):
+        assert await store.attempts.begin_next(line, "agent-1", "test") is None
+    assert await store.jobs.queue_lengths() == {}
 
 
 async def test_a_result_of_another_length_is_refused(store: Store) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
     with pytest.raises(ResultMismatch):
-        await store.finish(report(attempt_id, b"whole"), 0, [b"who"])
+        await store.attempts.finish(report(attempt_id, b"whole"), 0, [b"who"])
     with pytest.raises(ResultMismatch):
-        await store.append_result(attempt_id, CHUNK_BYTES, [b"gap"])
-    assert await store.result(job.id) is None
-    assert await store.result_size(attempt_id) == 0
+        await store.attempts.append_result(attempt_id, CHUNK_BYTES, [b"gap"])
+    assert await store.blobs.result_of_job(job.id) is None
+    assert await store.attempts.result_size(attempt_id) == 0
 
 
-async def test_a_little_result_that_was_just_stored_needs_no_read(store: Store) -> None:
-    little, large = await make_job(store), await make_job(store)
-    contents = {little.id: b"little", large.id: bytes(LITTLE_BYTES + 1)}
-    for job in (little, large):
+async def test_a_small_result_comes_with_its_content(store: Store) -> None:
+    small, large = await make_job(store), await make_job(store)
+    contents = {small.id: b"small", large.id: bytes(SMALL_BYTES + 1)}
+    for job in (small, large):
         content = contents[job.id]
-        await store.finish(report(await run_job(store, job), content), 0, [content])
-    readers = [store._idle_readers.get_nowait() for _ in range(store._idle_readers.qsize())]
-    result = await store.result(little.id)
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(store.result(large.id), 0.05)
-    for reader in readers:
-        store._idle_readers.put_nowait(reader)
-    assert result is not None
-    assert result.content == b"little"
-    assert store._results.get(little.id) is result
-    store._results = LatestResults()
-    assert await store.result(little.id) == result, "what is read is the same"
-    assert await store.clean_jobs_final_since(time.time() + 1) == 2
-    assert await store.result(little.id) is None
-
-
-async def test_retention_takes_a_result_that_is_in_memory(store: Store) -> None:
-    job = await make_job(store)
-    await store.finish(report(await run_job(store, job), b"result"), 0, [b"result"])
-    assert await store.clean_jobs_final_since(time.time() + 1) == 1
-    assert await store.result(job.id) is None
-
-
-def test_only_the_latest_results_are_kept() -> None:
-    results = LatestResults()
-    stored = StoredResult(1, 6, "", b"result")
-    results.settle(ResultStored(job_id, stored) for job_id in range(100))
-    kept = [job_id for job_id in range(100) if results.get(job_id)]
-    assert kept == list(range(36, 100))
+        await store.attempts.finish(report(await run_job(store, job), content), 0, [content])
+    results = [await store.blobs.result_of_job(job.id) for job in (small, large)]
+    assert [result.content for result in results if result] == [b"small", None]
+    assert await store.retention.clean_jobs_final_since(time.time() + 1) == 2
+    assert await store.blobs.result_of_job(small.id) is None
 
 
 async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: Store) -> None:
     job = await make_job(store)
     undelivered = (await begin(store, job)).attempt_id
-    assert await store.requeue(undelivered, Loss.AGENT_AWAY, "lost", 2) is JobState.QUEUED
+    assert await store.attempts.requeue(undelivered, Loss.AGENT_AWAY, "lost", 2) is JobState.QUEUED
     refused = (await begin(store, job)).attempt_id
-    assert await store.requeue(refused, Loss.REPORTED, "disk full", 2) is JobState.QUEUED
+    assert await store.attempts.requeue(refused, Loss.REPORTED, "disk full", 2) is JobState.QUEUED
     started = await run_job(store, job)
-    assert await store.requeue(started, Loss.AGENT_AWAY, "agent gone", 2) is JobState.FAILED
-    status = await store.job_status(job.id)
+    assert (
+        await store.attempts.requeue(started, Loss.AGENT_AWAY, "agent gone", 2) is JobState.FAILED
+    )
+    status = await store.jobs.status(job.id)
     assert status is not None
     assert status.message == "agent gone; given up after 2 attempts"
 
@@ -407,17 +386,17 @@ async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: 
 async def test_retention_frees_the_bytes_and_shrinks_the_file(store: Store, path: Path) -> None:
     job = await make_job(store, bytes(8 * 1024 * 1024))
     attempt_id = await run_job(store, job)
-    await store.finish(report(attempt_id, b"result"), 0, [b"result"])
+    await store.attempts.finish(report(attempt_id, b"result"), 0, [b"result"])
     kept = await make_job(store)
-    await store._writer.outside_transaction(checkpoint)
+    await store._file._writer.outside_transaction(checkpoint)
     large = path.stat().st_size
     assert large > 8 * 1024 * 1024
-    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+    assert await store.retention.clean_jobs_final_since(time.time() + 1) == 1
     deadline = time.monotonic() + 10
     while path.stat().st_size > large / 10:
         assert time.monotonic() < deadline, path.stat().st_size
         await asyncio.sleep(0.01)
-    states = [await store.job_status(job_id) for job_id in (job.id, kept.id)]
+    states = [await store.jobs.status(job_id) for job_id in (job.id, kept.id)]
     assert [status.state for status in states if status] == [JobState.CLEANED, JobState.QUEUED]
 
 
@@ -427,13 +406,13 @@ async def test_a_download_that_runs_keeps_its_bytes_from_retention(
     job = await make_job(store)
     attempt_id = await run_job(store, job)
     chunks = [bytes(CHUNK_BYTES), b"end"]
-    await store.finish(report(attempt_id, b"".join(chunks)), 0, chunks)
-    result = await store.result(job.id)
+    await store.attempts.finish(report(attempt_id, b"".join(chunks)), 0, chunks)
+    result = await store.blobs.result_of_job(job.id)
     assert result is not None
-    with store.pinned(result.blob_id):
-        assert await store.clean_jobs_final_since(time.time() + 1) == 1
-        await store._erase_all()
-        assert await store.read_chunk(result.blob_id, CHUNK_BYTES) == b"end"
+    with store.blobs.pinned(result.blob_id):
+        assert await store.retention.clean_jobs_final_since(time.time() + 1) == 1
+        await store._eraser._erase_all()
+        assert await store.blobs.read(result.blob_id, CHUNK_BYTES, 3) == [b"end"]
     await eventually_no_chunks(path)
 
 
@@ -446,19 +425,19 @@ async def test_a_nearly_full_disk_takes_no_bytes_but_finishes_and_erases(
     blocks = list(real[:10])
     blocks[4] = 100  # f_bavail
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(blocks))
-    upload = store.new_upload()
+    upload = store.uploads.new()
     upload.start_file("run.sh")
     await upload.write(b"true")
     await upload.finish_file()
     for refused in (
         upload.commit(JobRequest(1, "example"), "uploaded", NO_LIMIT),
-        store.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)]),
+        store.attempts.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)]),
         store.probe(),
     ):
         with pytest.raises(StoreFull):
             await refused
-    await store.kill(job.id, "terminated")
-    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+    await store.jobs.kill(job.id, "terminated")
+    assert await store.retention.clean_jobs_final_since(time.time() + 1) == 1
     await eventually_no_chunks(path)
     monkeypatch.undo()
     await make_job(store)
@@ -467,27 +446,27 @@ async def test_a_nearly_full_disk_takes_no_bytes_but_finishes_and_erases(
 async def test_the_agent_token_stays_and_can_be_read_beside_the_server(
     store: Store, path: Path
 ) -> None:
-    assert read_agent_token(str(path)) == await store.agent_token()
-    assert len(await store.agent_token()) >= 32
+    assert read_agent_token(str(path)) == await store.tokens.agent_token()
+    assert len(await store.tokens.agent_token()) >= 32
 
 
 async def test_shared_input_is_erased_with_the_last_job_that_refers_to_it(
     store: Store, path: Path
 ) -> None:
     first = await make_job(store, b"shared")
-    request = await store.job_request(first.id)
+    request = await store.jobs.request(first.id)
     assert request == JobRequest(1, "example")
-    second = (await store.rerun(first.id, request, "again", NO_LIMIT)).job
-    await store.kill(first.id, "terminated")
-    assert await store.clean_jobs_final_since(time.time() + 1) == 1
-    await store._erase_all()
+    second = (await store.uploads.rerun(first.id, request, "again", NO_LIMIT)).job
+    await store.jobs.kill(first.id, "terminated")
+    assert await store.retention.clean_jobs_final_since(time.time() + 1) == 1
+    await store._eraser._erase_all()
     assignment = await begin(store, second)
-    assert await store.read_files(assignment.files, 0) == b"shared"
+    assert await store.blobs.read_files(assignment.files, 0) == b"shared"
     assert check(str(path), lambda done, total: None) == []
     with pytest.raises(InputGone, match=f"job {first.id} was removed"):
-        await store.rerun(first.id, request, "again", NO_LIMIT)
-    await store.kill(second.id, "terminated")
-    assert await store.clean_jobs_final_since(time.time() + 1) == 1
+        await store.uploads.rerun(first.id, request, "again", NO_LIMIT)
+    await store.jobs.kill(second.id, "terminated")
+    assert await store.retention.clean_jobs_final_since(time.time() + 1) == 1
     await eventually_no_chunks(path)
 
 
@@ -496,12 +475,12 @@ async def test_the_length_of_the_line_follows_every_change_of_state(
 ) -> None:
     job = await make_job(store)
     with pytest.raises(QueueFull):
-        await store.rerun(job.id, JobRequest(1, "example"), "again", 1)
+        await store.uploads.rerun(job.id, JobRequest(1, "example"), "again", 1)
     attempt_id = await run_job(store, job)
     assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(1, 0)]
-    await store.requeue(attempt_id, Loss.REPORTED, "test", 3)
+    await store.attempts.requeue(attempt_id, Loss.REPORTED, "test", 3)
     assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(1, 1)]
-    await store.kill(job.id, "terminated")
+    await store.jobs.kill(job.id, "terminated")
     assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(1, 0)]
     assert check(str(path), lambda done, total: None) == []
 
@@ -542,59 +521,59 @@ _FEW_ROWS = ("SCAN agent", "_active", "_open", "_doomed", "sqlite_master")
 
 async def _change_jobs(store: Store) -> None:
     """Have every statement run that changes something; job 6 is queued after, job 1 completed."""
-    await store.note_agent("agent-1", "one")
+    await store.agents.record_connection("agent-1", "one")
     jobs = [await make_job(store, bytes(1024 * 1024 + 1)) for _ in range(6)]
-    abandoned = store.new_upload()
+    abandoned = store.uploads.new()
     abandoned.start_file("run.sh")
     await abandoned.write(bytes(2 * 1024 * 1024))
     await abandoned.abandon()
     attempt_id = await run_job(store, jobs[0])
-    await store.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)])
-    await store.discard_result(attempt_id)
+    await store.attempts.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)])
+    await store.attempts.discard_result(attempt_id)
     output = OutputPiece(Stream.STDOUT, 0, b"printed")
-    await store.append_output(attempt_id, NewOutput((output,), 1000))
-    await store.finish(report(attempt_id, b"r"), 0, [b"r"])
-    await store.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 2)
-    await store.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 1)
-    await store.reject((await begin(store, jobs[2])).attempt_id, "bad")
+    await store.output.append(attempt_id, NewOutput((output,), 1000))
+    await store.attempts.finish(report(attempt_id, b"r"), 0, [b"r"])
+    await store.attempts.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 2)
+    await store.attempts.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 1)
+    await store.attempts.reject((await begin(store, jobs[2])).attempt_id, "bad")
     held = await begin(store, jobs[3])
-    await store.kill(jobs[3].id, "unwanted")
-    await store.killed_without_result(held.attempt_id)
-    await store.withdraw(jobs[4].id, "unwanted")
+    await store.jobs.kill(jobs[3].id, "unwanted")
+    await store.attempts.killed_without_result(held.attempt_id)
+    await store.jobs.withdraw(jobs[4].id, "unwanted")
     request = JobRequest(1, "example", tags=(("a", "b"),), idempotency_key="key")
-    await store.rerun(jobs[5].id, request, "again", NO_LIMIT)
-    await store.set_drained("one", True)
-    await store.clean_jobs_final_since(time.time() - 60)
-    await store.forget_old_keys()
+    await store.uploads.rerun(jobs[5].id, request, "again", NO_LIMIT)
+    await store.agents.set_drained("one", True)
+    await store.retention.clean_jobs_final_since(time.time() - 60)
+    await store.retention.forget_old_keys()
     await store.probe()
 
 
 async def _ask_about_jobs(store: Store) -> None:
     """Have every statement run that only reads."""
-    active = await begin(store, QueuedJob(6, 1, "example"))
-    await store.input_files(active.attempt_id)
-    await store.read_files(active.files, 0)
-    await store.result_size(active.attempt_id)
-    await store.queued_lines()
-    await store.active_jobs()
-    await store.drained_agents()
-    await store.oldest_final_change()
-    await store.times_of_last_jobs(10)
-    await store.last_event_ids()
-    await store.transitions_after(3, 10)
-    await store.agent_changes_after(0, 10)
+    active = await begin(store, JobIdentity(6, 1, "example"))
+    await store.attempts.input_files(active.attempt_id)
+    await store.blobs.read_files(active.files, 0)
+    await store.attempts.result_size(active.attempt_id)
+    await store.jobs.queue_lengths()
+    await store.attempts.active()
+    await store.agents.drained()
+    await store.retention.oldest_final_change()
+    await store.jobs.times_of_last(10)
+    await store.history.last_ids()
+    await store.history.transitions_after(3, 10)
+    await store.history.agent_changes_after(0, 10)
     for job_id in (1, 7):
-        assert await store.job_details(job_id) is not None
-        await store.job_status(job_id)
-        await store.job_request(job_id)
-        await store.history(job_id)
-        await store.owner_of(job_id)
-        await store.queue_position(job_id)
-        await store.input_of_job(job_id)
-        await store.writing(job_id)
-        await store.result(job_id)
-    await store.read_output(1, Stream.STDOUT, 0)
-    await store.latest_output_end(1, Stream.STDOUT)
+        assert await store.jobs.details(job_id) is not None
+        await store.jobs.status(job_id)
+        await store.jobs.request(job_id)
+        await store.history.of_job(job_id)
+        await store.jobs.owner_of(job_id)
+        await store.jobs.queue_position(job_id)
+        await store.blobs.input_of_job(job_id)
+        await store.output.source(job_id)
+        await store.blobs.result_of_job(job_id)
+    await store.output.read(1, Stream.STDOUT, 0)
+    await store.output.latest_end(1, Stream.STDOUT)
     for wanted in (
         JobFilter(),
         JobFilter(user_id=1),
@@ -605,7 +584,7 @@ async def _ask_about_jobs(store: Store) -> None:
         JobFilter(tags=(("a", "b"),)),
         JobFilter(since=time.time(), text="x", agent="one"),
     ):
-        await store.find_jobs(wanted, None, 10)
+        await store.jobs.find(wanted, None, 10)
 
 
 async def test_a_killed_job_takes_what_its_last_attempt_left_once_and_nothing_else(
@@ -613,27 +592,27 @@ async def test_a_killed_job_takes_what_its_last_attempt_left_once_and_nothing_el
 ) -> None:
     job = await make_job(store)
     lost = await run_job(store, job)
-    await store.requeue(lost, Loss.AGENT_AWAY, "away", 3)
+    await store.attempts.requeue(lost, Loss.AGENT_AWAY, "away", 3)
     current = await run_job(store, job)
-    await store.kill(job.id, "Job terminated")
-    assert await store.killed_without_result(lost) is None
-    expected = await store.killed_without_result(current)
+    await store.jobs.kill(job.id, "Job terminated")
+    assert await store.attempts.killed_without_result(lost) is None
+    expected = await store.attempts.killed_without_result(current)
     assert expected is not None
     assert (expected.attempt_id, expected.state) == (current, JobState.KILLED)
     with pytest.raises(Superseded):
-        await store.finish(report(lost, b"late"), 0, [b"late"])
+        await store.attempts.finish(report(lost, b"late"), 0, [b"late"])
     chunk = bytes(CHUNK_BYTES)
-    await store.append_result(current, 0, [chunk])
+    await store.attempts.append_result(current, 0, [chunk])
     for _ in ("first", "repeated"):
-        await store.finish(report(current, chunk + b"left"), CHUNK_BYTES, [b"left"])
-    assert await store.killed_without_result(current) is None
+        await store.attempts.finish(report(current, chunk + b"left"), CHUNK_BYTES, [b"left"])
+    assert await store.attempts.killed_without_result(current) is None
     with pytest.raises(Superseded):
-        await store.append_result(current, 0, [chunk])
-    await store.finish(report(current, b"another"), 0, [b"another"])
+        await store.attempts.append_result(current, 0, [chunk])
+    await store.attempts.finish(report(current, b"another"), 0, [b"another"])
     sizes = rows(path, "SELECT size FROM blob JOIN attempt ON blob.id = result_blob")
     assert sizes == [(CHUNK_BYTES + 4,)]
     assert rows(path, "SELECT state, message FROM job") == [("Killed", "Job terminated")]
-    history = await store.history(job.id)
+    history = await store.history.of_job(job.id)
     assert [transition.after for transition in history][-2:] == [JobState.RUNNING, JobState.KILLED]
 
 
@@ -641,18 +620,18 @@ async def test_what_a_killed_job_left_goes_with_retention_even_if_it_never_came_
     path: Path,
 ) -> None:
     async with opened(path) as store:
-        await store.note_agent("agent-1", "one")
+        await store.agents.record_connection("agent-1", "one")
         job = await make_job(store)
         attempt_id = await run_job(store, job)
-        await store.kill(job.id, "Job terminated")
-        await store.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)])
+        await store.jobs.kill(job.id, "Job terminated")
+        await store.attempts.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)])
     async with opened(path) as store:
-        assert await store.result_size(attempt_id) == CHUNK_BYTES, "a crash keeps it"
-        assert await store.clean_jobs_final_since(time.time() + 1) == 1
+        assert await store.attempts.result_size(attempt_id) == CHUNK_BYTES, "a crash keeps it"
+        assert await store.retention.clean_jobs_final_since(time.time() + 1) == 1
         await eventually_no_chunks(path)
-        assert await store.killed_without_result(attempt_id) is None
+        assert await store.attempts.killed_without_result(attempt_id) is None
         with pytest.raises(Superseded):
-            await store.append_result(attempt_id, CHUNK_BYTES, [b"more"])
+            await store.attempts.append_result(attempt_id, CHUNK_BYTES, [b"more"])
 
 
 async def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
@@ -672,8 +651,8 @@ async def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path) -> 
     ] == []
     async with opened(path) as store:
         assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(7, 2)]
-        await store.kill(1, "terminated")
+        await store.jobs.kill(1, "terminated")
         assert rows(path, "SELECT user_id, jobs FROM queue_length") == [(7, 1)]
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE queue_length SET jobs = 5")
-    assert "user 7 has 1 jobs in line, noted are 5" in check(str(path), lambda done, total: None)
+    assert "user 7 has 1 queued jobs, noted are 5" in check(str(path), lambda done, total: None)

@@ -1,0 +1,282 @@
+"""Attempts: a job is given to an agent, goes on, and ends with its result or is given back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+from jobs import ACTIVE_STATES, FileSpec, JobState
+from records import (
+    NO_OUTPUT,
+    ActiveJob,
+    Assignment,
+    JobIdentity,
+    Loss,
+    NewOutput,
+    ResultMismatch,
+    StoredFile,
+    UserQueue,
+)
+from storage.blobs import (
+    SMALL_BYTES,
+    Blobs,
+    drop_partial_result,
+    has_result,
+    insert_chunks,
+    open_blob,
+    read_stream,
+    seal_result,
+)
+from storage.database import Database
+from storage.file import DatabaseFile
+from storage.output import add_output, doom_output, drop_live_output
+from storage.transitions import (
+    active_job_of_attempt,
+    first_of_queue,
+    job_of_attempt,
+    receiving_job_of_attempt,
+    transition,
+)
+from telemetry import metrics
+from wire.frames import CHUNK_BYTES
+from wire.messages import Finished
+
+
+class Attempts:
+    """What changes with an attempt, and what is stored of it."""
+
+    def __init__(self, file: DatabaseFile, blobs: Blobs) -> None:
+        self._file = file
+        self._blobs = blobs
+        self.result_bytes = metrics.Counter(
+            "orchestrator_result_bytes_total", "Bytes of results that agents delivered."
+        )
+
+    async def begin_next(self, queue: UserQueue, agent_id: str, reason: str) -> Assignment | None:
+        """Give the first job of a queue to an agent; returns None if no job waits there."""
+
+        def operation(db: Database) -> Assignment | None:
+            before = first_of_queue(db, queue)
+            if before is None:
+                return None
+            job = dataclasses.replace(before, attempts=before.attempts + 1)
+            attempt_id = cast(
+                int,
+                db.execute(
+                    "INSERT INTO attempt (job_id, number, agent_id) VALUES (?, ?, ?)",
+                    (job.id, job.attempts, agent_id),
+                ).lastrowid,
+            )
+            db.execute(
+                "UPDATE job SET attempts = ?, attempt_id = ? WHERE id = ?",
+                (job.attempts, attempt_id, job.id),
+            )
+            transition(db, job, JobState.PROCESSING, reason, message="")
+            row = db.execute("SELECT timeout FROM job WHERE id = ?", (job.id,)).fetchone()
+            files = files_of(db, attempt_id)
+            is_small = sum(file.spec.size for file in files) <= SMALL_BYTES
+            return Assignment(
+                JobIdentity(job.id, job.user_id, job.service),
+                attempt_id,
+                job.attempts,
+                row[0],
+                files,
+                read_stream(db, files, 0) if is_small else None,
+            )
+
+        return await self._file.write(operation)
+
+    async def input_files(self, attempt_id: int) -> tuple[StoredFile, ...]:
+        """Return the input of an attempt's job, in upload order."""
+        return await self._file.read(lambda db: files_of(db, attempt_id))
+
+    async def advance(self, attempt_id: int, target: JobState, reason: str) -> None:
+        """Move a job on to an active state; does nothing if it is there or further already.
+
+        Raises :class:`Superseded` if the attempt no longer counts.
+        """
+
+        def operation(db: Database) -> None:
+            job = active_job_of_attempt(db, attempt_id)
+            if ACTIVE_STATES.index(job.state) < ACTIVE_STATES.index(target):
+                transition(db, job, target, reason)
+
+        await self._file.write(operation)
+
+    async def result_size(self, attempt_id: int) -> int:
+        """Return how many bytes of an attempt's result are safe."""
+        rows = await self._file.rows(
+            "SELECT blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
+            " WHERE attempt.id = ?",
+            (attempt_id,),
+        )
+        return int(rows[0][0]) if rows else 0
+
+    async def append_result(self, attempt_id: int, offset: int, chunks: Sequence[bytes]) -> None:
+        """Add chunks to an attempt's result at ``offset``, which must be its present size.
+
+        All chunks but the last of the whole result have the standard length. Raises
+        :class:`Superseded` if the attempt no longer counts.
+        """
+
+        def operation(db: Database) -> None:
+            receiving_job_of_attempt(db, attempt_id)
+            self._append(db, attempt_id, offset, chunks)
+
+        size = sum(map(len, chunks))
+        await self._file.write_bytes(operation, size)
+        self.result_bytes.add(size)
+
+    async def discard_result(self, attempt_id: int) -> None:
+        """Forget what has arrived of an attempt's result, for a transfer that starts anew."""
+
+        def operation(db: Database) -> None:
+            receiving_job_of_attempt(db, attempt_id)
+            drop_partial_result(db, attempt_id)
+
+        await self._file.write(operation)
+        self._blobs.to_erase.set()
+
+    async def finish(
+        self,
+        report: Finished,
+        offset: int,
+        tail: Sequence[bytes],
+        output: NewOutput = NO_OUTPUT,
+    ) -> None:
+        """End a job with its result, whole, and the last of its output in one transaction.
+
+        ``tail`` are the last chunks, from ``offset`` on. A job that was killed while its agent
+        was away stays so, and gets the result as what it left. A repeated call for a job that
+        this very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
+        longer counts, :class:`ResultMismatch` if the lengths don't add up.
+        """
+        size = sum(map(len, tail))
+
+        def operation(db: Database) -> None:
+            job = job_of_attempt(db, report.attempt_id)
+            is_killed = job.state is JobState.KILLED and not has_result(db, report.attempt_id)
+            if job.state not in ACTIVE_STATES and not is_killed:
+                return
+            add_output(db, job, report.attempt_id, output)
+            drop_live_output(db, report.attempt_id)
+            self._append(db, report.attempt_id, offset, tail)
+            seal_result(db, report)
+            db.execute(
+                "UPDATE attempt SET exit_code = ? WHERE id = ?",
+                (report.exit_code, report.attempt_id),
+            )
+            if not is_killed:
+                reason = report.message or "finished"
+                transition(db, job, report.state, reason, report.message)
+
+        await self._file.write_bytes(operation, size + output.size)
+        self.result_bytes.add(size)
+
+    async def requeue(
+        self, attempt_id: int, loss: Loss, reason: str, max_attempts: int
+    ) -> JobState:
+        """Take a job from an agent that lost it; returns Queued, or Failed if it was the last try.
+
+        An attempt that was lost on its way to the agent is not held against the job. Raises
+        :class:`Superseded` if the attempt no longer counts.
+        """
+
+        def operation(db: Database) -> JobState:
+            job = active_job_of_attempt(db, attempt_id)
+            is_undelivered = loss is Loss.AGENT_AWAY and job.state is JobState.PROCESSING
+            lost_starts = job.lost_starts + (not is_undelivered)
+            drop_partial_result(db, attempt_id)
+            if lost_starts >= max_attempts:
+                message = f"{reason}; given up after {lost_starts} attempts"
+                transition(db, job, JobState.FAILED, message, message)
+                return JobState.FAILED
+            db.execute(
+                "UPDATE job SET attempt_id = NULL, lost_starts = ? WHERE id = ?",
+                (lost_starts, job.id),
+            )
+            doom_output(db, job.id)
+            transition(db, job, JobState.QUEUED, reason, f"{reason}; queued again")
+            return JobState.QUEUED
+
+        state = await self._file.write(operation)
+        self._blobs.to_erase.set()
+        return state
+
+    async def reject(self, attempt_id: int, reason: str) -> None:
+        """End a job that an agent found can never run. Raises :class:`Superseded`."""
+
+        def operation(db: Database) -> None:
+            job = active_job_of_attempt(db, attempt_id)
+            transition(db, job, JobState.INVALID, reason, reason)
+
+        await self._file.write(operation)
+
+    async def killed_without_result(self, attempt_id: int) -> ActiveJob | None:
+        """Return the job if it was killed in this attempt, which has not delivered it yet."""
+        rows = await self._file.rows(
+            """SELECT job.id, job.user_id, job.service, attempt.id,
+                      attempt.number, agent.id, agent.name, job.state
+               FROM attempt JOIN job ON job.id = attempt.job_id AND job.attempt_id = attempt.id
+                        JOIN agent ON agent.id = attempt.agent_id
+                        LEFT JOIN blob ON blob.id = attempt.result_blob
+               WHERE attempt.id = ? AND job.state = 'Killed' AND blob.state IS NOT 'sealed'""",
+            (attempt_id,),
+        )
+        return _active_job(rows[0]) if rows else None
+
+    async def active(self) -> list[ActiveJob]:
+        """Return all jobs that an agent holds."""
+        rows = await self._file.rows(
+            """SELECT job.id, job.user_id, job.service, attempt.id, attempt.number,
+                      agent.id, agent.name, job.state
+               FROM job JOIN attempt ON attempt.id = job.attempt_id
+                        JOIN agent ON agent.id = attempt.agent_id
+               WHERE job.state IN ('Processing', 'Submitted', 'Running') ORDER BY job.id"""
+        )
+        return [_active_job(row) for row in rows]
+
+    async def result_digest(self, attempt_id: int, size: int) -> Any:
+        """Return a SHA-256 object fed with the stored start of an attempt's result."""
+        rows = await self._file.rows("SELECT result_blob FROM attempt WHERE id = ?", (attempt_id,))
+        digest = hashlib.sha256()
+        offset = 0
+        while offset < size:
+            for data in await self._blobs.read(rows[0][0], offset, min(CHUNK_BYTES, size - offset)):
+                digest.update(data)
+                offset += len(data)
+        return digest
+
+    def _append(self, db: Database, attempt_id: int, offset: int, chunks: Sequence[bytes]) -> None:
+        """Add chunks to an attempt's result."""
+        row = db.execute(
+            "SELECT blob.id, blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
+            " WHERE attempt.id = ?",
+            (attempt_id,),
+        ).fetchone()
+        if row is None:
+            row = (self._blobs.next_id(), 0)
+            open_blob(db, row[0])
+            db.execute("UPDATE attempt SET result_blob = ? WHERE id = ?", (row[0], attempt_id))
+        blob_id, size = row
+        if offset != size:
+            raise ResultMismatch(f"attempt {attempt_id}: bytes at {offset}, {size} stored")
+        insert_chunks(db, blob_id, offset // CHUNK_BYTES, chunks)
+        size += sum(map(len, chunks))
+        db.execute("UPDATE blob SET size = ? WHERE id = ?", (size, blob_id))
+
+
+def _active_job(row: Sequence[Any]) -> ActiveJob:
+    return ActiveJob(JobIdentity(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
+
+
+def files_of(db: Database, attempt_id: int) -> tuple[StoredFile, ...]:
+    """Return the input of an attempt's job, in upload order."""
+    rows = db.execute(
+        "SELECT name, size, sha256, blob_id FROM input_file"
+        " WHERE job_id = (SELECT job_id FROM attempt WHERE id = ?) ORDER BY position",
+        (attempt_id,),
+    )
+    return tuple(StoredFile(FileSpec(row[0], row[1], row[2]), row[3]) for row in rows)

@@ -1,0 +1,69 @@
+"""History: what happened to jobs and agents, append-only, and reading it in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from events import AgentChange, AgentChangeKind, Transition
+from jobs import JobState
+from storage.file import DatabaseFile
+
+HISTORY_OF_JOB = """
+    SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason
+    FROM history JOIN job ON job.id = history.job_id
+    WHERE job_id = ? ORDER BY history.id"""
+
+
+class History:
+    """Reading what happened."""
+
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+
+    async def of_job(self, job_id: int) -> list[Transition]:
+        """Return all transitions of a job, oldest first; none if there is no such job."""
+        return [transition_of(row) for row in await self._file.rows(HISTORY_OF_JOB, (job_id,))]
+
+    async def transitions_after(self, last_id: int, limit: int) -> list[Transition]:
+        """Return the transitions of all jobs that follow one, oldest first."""
+        rows = await self._file.rows(
+            "SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason"
+            " FROM history JOIN job ON job.id = history.job_id"
+            " WHERE history.id > ? ORDER BY history.id LIMIT ?",
+            (last_id, limit),
+        )
+        return [transition_of(row) for row in rows]
+
+    async def agent_changes_after(self, last_id: int, limit: int) -> list[AgentChange]:
+        """Return the agent changes that follow one, oldest first."""
+        rows = await self._file.rows(
+            "SELECT id, agent_id, name, at, kind FROM agent_history WHERE id > ?"
+            " ORDER BY id LIMIT ?",
+            (last_id, limit),
+        )
+        return [AgentChange(*(*row[:4], AgentChangeKind(row[4]))) for row in rows]
+
+    async def last_ids(self) -> tuple[int, int]:
+        """Return the ids of the last transition and the last agent change, 0 for none."""
+        rows = await self._file.rows(
+            "SELECT (SELECT coalesce(max(id), 0) FROM history),"
+            " (SELECT coalesce(max(id), 0) FROM agent_history)"
+        )
+        return (rows[0][0], rows[0][1])
+
+
+def transition_of(row: Sequence[Any]) -> Transition:
+    """Make the record of a line of the history."""
+    row_id, job_id, user_id, service, attempt, at, before, after, reason = row
+    return Transition(
+        row_id,
+        job_id,
+        user_id,
+        service,
+        attempt,
+        at,
+        None if before is None else JobState(before),
+        JobState(after),
+        reason,
+    )
