@@ -1,10 +1,37 @@
-"""The program ``orchestrator`` as pip installs it."""
+"""The program ``orchestrator``: commands of users here, all others by the server's program."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from orchestrator_client.command_table import COMMANDS, module_of, overview, parser_of
+
+_DONE, _USAGE = 0, 2
+_INTERRUPTED = 128 + signal.SIGINT  # as shells tell it
+_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+_LEADING_OPTIONS = ("--url", "--profile", "--token-file", "--patience")
+
+
+def main() -> int:
+    """Entry point of the installed program."""
+    arguments = sys.argv[1:]
+    if not is_for_users(arguments):
+        _hand_over(arguments)
+    return run_command(arguments)
+
+
+def is_for_users(arguments: Sequence[str]) -> bool:
+    """Whether a command line is one of those that :func:`run_command` runs."""
+    if not arguments:
+        return False
+    if arguments[0] in ("-h", "--help", "help") or arguments[0] in COMMANDS:
+        return True
+    return arguments[0].partition("=")[0] in _LEADING_OPTIONS
 
 
 def application() -> Path:
@@ -14,7 +41,81 @@ def application() -> Path:
     return installed if installed.is_dir() else beside
 
 
-def main() -> int:
-    """Hand over to the server's and the agent's command line; does not return."""
+def _hand_over(arguments: Sequence[str]) -> None:
+    """Become the server's and the agent's command line; does not return."""
     program = application() / "orchestrator.py"
-    os.execv(sys.executable, [sys.executable, str(program), *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, str(program), *arguments])
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command for users; returns the exit code."""
+    try:
+        code = _run_command(_reordered(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read the output has enough of it; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        sys.stderr.write("orchestrator: interrupted\n")
+        return _INTERRUPTED
+    return code
+
+
+def _reordered(arguments: Sequence[str]) -> list[str]:
+    """Put options that stand before the command behind it."""
+    rest = list(arguments)
+    leading: list[str] = []
+    while rest and rest[0].partition("=")[0] in _LEADING_OPTIONS:
+        leading += [rest.pop(0)]
+        if "=" not in leading[-1] and rest:
+            leading += [rest.pop(0)]
+    return [*rest[:1], *leading, *rest[1:]]
+
+
+def _run_command(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        if len(arguments) > 1 and arguments[1] in COMMANDS:
+            return _run_command([arguments[1], "--help"])
+        sys.stdout.write(f"{overview()}\n")
+        return _DONE
+    name, *rest = arguments
+    if name not in COMMANDS:
+        sys.stderr.write(f"orchestrator: there is no command {name!r}; see --help\n")
+        return _USAGE
+    from orchestrator_client import failures  # noqa: PLC0415 - --help needs none of it
+
+    return failures.told(lambda: _run_user_command(name, rest))
+
+
+def _run_user_command(name: str, arguments: list[str]) -> int:
+    from orchestrator_client.arguments import Parser  # noqa: PLC0415
+    from orchestrator_client.identifiers import UsageError  # noqa: PLC0415
+    from orchestrator_client.output import use_streams_safely  # noqa: PLC0415
+
+    use_streams_safely()
+    command_line: list[str] | None = None
+    if name == "run" and "--" in arguments:
+        split = arguments.index("--")
+        arguments, command_line = arguments[:split], arguments[split + 1 :]
+    parser = parser_of(name, Parser)
+    options = parser.parse_intermixed_args(arguments)
+    if name == "run":
+        if not command_line:
+            raise UsageError("say what to run after --, as in: orchestrator run -- hostname")
+        options.command_line = command_line
+    module = module_of(name)
+    run = getattr(module, name)
+    if not COMMANDS[name].asks_server:
+        return int(run(options))
+    from orchestrator_client.session import Session  # noqa: PLC0415
+
+    session = Session(options, module.PATIENCE_SECONDS)
+    try:
+        return int(run(session, options))
+    finally:
+        session.client.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

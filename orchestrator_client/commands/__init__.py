@@ -1,0 +1,1 @@
+"""The commands of users, a module for each group of them."""

@@ -1,0 +1,91 @@
+"""Change jobs: end them, run them again, free what they hold."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from orchestrator_client.arguments import add_common_options, add_format_option, add_user_option
+from orchestrator_client.errors import Conflict, NotFound, OrchestratorError
+from orchestrator_client.operations import JobFilter
+from orchestrator_client.output import print_json, print_json_line, printable, say, write_line
+from orchestrator_client.progress import counting
+from orchestrator_client.records import BulkAnswer
+from orchestrator_client.session import Session
+
+PATIENCE_SECONDS = 60.0
+_MANY = 20
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="+", metavar="ID", help="7, 3-7, last, @tag:value, -")
+    add_format_option(parser)
+    add_user_option(parser)
+    add_common_options(parser)
+
+
+cancel_arguments = rerun_arguments = delete_arguments = _arguments
+
+
+def cancel(session: Session, options: argparse.Namespace) -> int:
+    """End jobs that have not ended."""
+    ids = session.ids(options.ids)
+    if len(ids) > _MANY:
+        return _tell(session.client.terminate(JobFilter(ids=ids)), "ended")
+    return _one_by_one(ids, options, lambda job_id: _terminate(session, job_id))
+
+
+def rerun(session: Session, options: argparse.Namespace) -> int:
+    """Submit jobs once more."""
+    ids = session.ids(options.ids)
+    return _one_by_one(ids, options, lambda job_id: session.client.job(job_id).rerun().id)
+
+
+def delete(session: Session, options: argparse.Namespace) -> int:
+    """Free the bytes of jobs that have ended."""
+    ids = session.ids(options.ids)
+    if len(ids) > _MANY:
+        return _tell(session.client.delete(JobFilter(ids=ids)), "deleted")
+    return _one_by_one(ids, options, lambda job_id: _delete(session, job_id))
+
+
+def _terminate(session: Session, job_id: int) -> int:
+    session.client.job(job_id).terminate()
+    return job_id
+
+
+def _delete(session: Session, job_id: int) -> int:
+    session.client.job(job_id).delete()
+    return job_id
+
+
+def _one_by_one(
+    ids: Sequence[int], options: argparse.Namespace, change: Callable[[int], int]
+) -> int:
+    """Change each; one that is refused does not keep the others from it, but counts in the end.
+
+    Prints the id of each job that it worked for, of a new one for a rerun.
+    """
+    done: list[int] = []
+    failure: OrchestratorError | None = None
+    with counting("jobs", len(ids)) as progress:
+        for number, job_id in enumerate(ids):
+            progress(number, len(ids))
+            try:
+                done.append(change(job_id))
+            except (Conflict, NotFound) as error:
+                say(f"orchestrator: {printable(error)}")
+                failure = error
+                continue
+            if options.output == "jsonl":
+                print_json_line({"id": done[-1]})
+            elif options.output != "json":
+                write_line(str(done[-1]))
+    if options.output == "json":
+        print_json([{"id": job_id} for job_id in done])
+    return 0 if failure is None else 3 if isinstance(failure, Conflict) else 2
+
+
+def _tell(answer: BulkAnswer, word: str) -> int:
+    write_line(f"{answer.done} {word}, {answer.skipped} left as they were")
+    return 0
