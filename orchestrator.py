@@ -8,14 +8,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from orchestrator_client import main
 
-def main(arguments: Sequence[str]) -> int:
+
+def run(arguments: Sequence[str]) -> int:
     """Run what the command line says; returns the exit status."""
     match arguments:
         case ["agent", *rest]:
             from agent import command  # noqa: PLC0415
 
             return command.main(rest)
+        case [_, *_] if main.is_for_users(arguments):
+            return main.run_command(arguments)
         case _:
             from commands import operators  # noqa: PLC0415
 
@@ -23,4 +27,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))

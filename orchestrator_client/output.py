@@ -97,10 +97,7 @@ def table_of(columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> Table
         table.add_column(
             column.title,
             justify="right" if column.is_right else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            ratio=1 if column.may_shrink else None,
-            min_width=4 if column.may_shrink else None,
+            no_wrap=not column.may_shrink,  # rich narrows first what may be wrapped
         )
     for row in rows:
         table.add_row(*map(_text, row))
@@ -111,7 +108,7 @@ def _text(cell: Cell) -> Text:
     from rich.text import Text  # noqa: PLC0415
 
     text, style = cell if isinstance(cell, tuple) else (cell, "")
-    return Text(printable(text), style)
+    return Text(printable(text), style, no_wrap=True, overflow="ellipsis")
 
 
 def console(stream: IO[str] | None = None) -> Console:

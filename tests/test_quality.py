@@ -86,7 +86,8 @@ def test_every_folder_of_the_program_is_installed() -> None:
     folders = {path.parent for path in _modules().values()} - {PROJECT}
     ours = {".".join(folder.relative_to(PROJECT).parts) for folder in folders}
     packages = {
-        name if name in ("orchestrator_client",) else f"orchestrator_app.{name}" for name in ours
+        name if name.split(".")[0] == "orchestrator_client" else f"orchestrator_app.{name}"
+        for name in ours
     }
     assert set(setup["options"]["packages"].split()) == packages | {"orchestrator_app"}
 

@@ -74,7 +74,7 @@ def _one_by_one(
             try:
                 done.append(change(job_id))
             except (Conflict, NotFound) as error:
-                say(f"orchestrator: {printable(error)}")
+                say(f"orchestrator: job {job_id}: {printable(error)}")
                 failure = error
                 continue
             if options.output == "jsonl":
