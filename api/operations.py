@@ -14,7 +14,7 @@ from api.answers import NotFound, rfc3339
 from api.tokens import user_restriction
 from config import VERSION, ServiceLimits, SettingsInForce
 from dispatch import Dispatcher
-from fleet.session import AgentStatus
+from fleet.roster import AgentStatus
 from jobs import JobState
 from records import StoreError
 from store import SQLITE_VERSION, Store

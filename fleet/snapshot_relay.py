@@ -13,7 +13,7 @@ class SnapshotUnavailable(Exception):
     """The agent can't give the job's files now; the message says why."""
 
 
-class IncomingSnapshot:
+class SnapshotRelay:
     """What a session puts in at one end, and a request takes out at the other."""
 
     def __init__(self, acknowledge: Callable[[int], None]) -> None:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from jobs import DEFAULT_RESOURCES, FileSpec, JobState, Resources
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class ProtocolError(Exception):
@@ -98,7 +98,6 @@ class Welcome:
 
     protocol: int
     version: str
-    lease_seconds: float
     heartbeat_seconds: float
     keep: tuple[KeptAttempt, ...]
     incarnation: str = ""

@@ -15,7 +15,7 @@ import pytest
 
 from agent import trees
 from archive import writer as archive
-from fleet.snapshot_relay import IncomingSnapshot, SnapshotUnavailable
+from fleet.snapshot_relay import SnapshotRelay, SnapshotUnavailable
 from tests.harness import AgentProcess, Answer, Server, curl, eventually, run, running_server
 from wire.frames import CHUNK_BYTES, Frame
 from wire.messages import ProtocolError
@@ -206,7 +206,7 @@ def test_a_directory_that_is_moved_away_does_not_lead_the_walk_elsewhere(tmp_pat
 
 async def test_a_snapshot_holds_no_more_than_the_window_and_says_when_it_breaks_off() -> None:
     acknowledged: list[int] = []
-    incoming = IncomingSnapshot(acknowledged.append)
+    incoming = SnapshotRelay(acknowledged.append)
     incoming.begin(20 * CHUNK_BYTES)
     pieces = incoming.pieces()
     chunk = bytes(CHUNK_BYTES)
@@ -228,7 +228,7 @@ async def test_a_snapshot_holds_no_more_than_the_window_and_says_when_it_breaks_
     with pytest.raises(ConnectionResetError):
         async for _ in pieces:
             pass
-    incoming = IncomingSnapshot(acknowledged.append)
+    incoming = SnapshotRelay(acknowledged.append)
     incoming.fail("no room")
     with pytest.raises(SnapshotUnavailable, match="no room"):
         await incoming.size()

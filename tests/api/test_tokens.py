@@ -256,7 +256,7 @@ async def test_each_role_does_what_it_says_and_no_more(server: Server, folder: P
     assert_error(await curl(*read, *end), 403, "submit is needed")
     assert (await upload(server, folder, *submit)).status == 201
     assert (await curl(*submit, *again)).status == 201
-    assert_error(await curl(*submit, *end), 409, "Completed already")
+    assert_error(await curl(*submit, *end), 409, "already Completed")
     code, output = await token_command(
         server, "create", "--name", "x", "--user", "7", "--role", "admin"
     )

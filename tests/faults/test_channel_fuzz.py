@@ -49,7 +49,9 @@ class Stranger:
     def hello(self) -> str:
         name = f"fuzz{self.random.randrange(5)}"
         slots = self.random.randrange(4)
-        hello = messages.Hello(1, name, str(self.random.random()), name, "0", slots, None, ())
+        hello = messages.Hello(
+            messages.PROTOCOL_VERSION, name, str(self.random.random()), name, "0", slots, None, ()
+        )
         if self.random.random() < 0.5:
             held = messages.HeldAttempt(
                 self._small(), self._small(), self._phase(), self.random.choice((0, 1, 2**40))

@@ -277,7 +277,7 @@ async def test_the_embedded_agent_ends_with_a_killed_server(server: Server) -> N
 
 
 def _hello(**changes: object) -> str:
-    hello = messages.Hello(1, "fake", "i", "fake", "0", 1, None, ())
+    hello = messages.Hello(messages.PROTOCOL_VERSION, "fake", "i", "fake", "0", 1, None, ())
     return codec.encode(dataclasses.replace(hello, **changes))  # type: ignore[arg-type]
 
 
@@ -286,6 +286,7 @@ BROKEN_PEERS: list[tuple[list[str | bytes], str]] = [
     ([b"binary"], "hello"),
     ([codec.encode(messages.Heartbeat())], "hello"),
     ([_hello(protocol=99)], "protocol 99"),
+    ([_hello(protocol=1)], "protocol 1, server 2: install the same version"),
     ([_hello(name="a b\n")], "agent name"),
     ([_hello(slots=-1)], "slots"),
     ([_hello(), "{}"], "type"),
@@ -339,6 +340,6 @@ async def test_a_second_agent_of_one_identity_is_refused_while_the_first_lives(
     second.workdir.mkdir()
     (second.workdir / "agent-id").write_bytes((first.workdir / "agent-id").read_bytes())
     await second.start()
-    await eventually(lambda: "connected already" in second.log(), "the copy is told why")
+    await eventually(lambda: "already connected" in second.log(), "the copy is told why")
     await first.kill()
     await second.wait_connected()

@@ -85,7 +85,7 @@ async def test_unknown_and_final_jobs_are_refused(server: Server) -> None:
     assert answer.json() == {
         "id": done,
         "status": "Unknown",
-        "message": "the job is Completed already",
+        "message": "the job is already Completed",
     }
     gone = await server.upload("sleep 1000")
     await server.wait(gone, "Running")

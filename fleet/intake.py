@@ -1,0 +1,275 @@
+"""What an agent delivers of one attempt: how far it is, its output, its result."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jobs
+from fleet.attempt import Attempt
+from fleet.roster import Agent, Roster
+from fleet.storing import until_stored
+from records import Loss, NewOutput, OutputPiece, Superseded
+from telemetry.logs import event
+from wire import messages
+from wire.frames import (
+    CHUNK_BYTES,
+    OUTPUT_STREAMS,
+    WINDOW_BYTES,
+    Frame,
+    Stream,
+    transfer_id,
+    transfer_parts,
+)
+from wire.messages import ProtocolError
+from wire.outbox import Outbox
+
+log = logging.getLogger("orchestrator.fleet")
+
+
+@dataclass(slots=True)
+class _Result:
+    """A result that arrives: what was announced, and how far it is safe."""
+
+    report: messages.Finished
+    digest: Any
+    offset: int
+
+
+class Intake:
+    """Takes what one agent says of one attempt, in order, on one connection.
+
+    Fill it with :meth:`put`; one task runs :meth:`run`, which ends with the attempt or, after
+    :meth:`close`, once what had come before is stored.
+    """
+
+    def __init__(self, roster: Roster, agent: Agent, attempt: Attempt, outbox: Outbox) -> None:
+        self._roster = roster
+        self._store = roster.store
+        self._agent = agent
+        self._attempt = attempt
+        self._outbox = outbox
+        self._waiting: asyncio.Queue[messages.AttemptReport | Frame | None] = asyncio.Queue()
+        self._waiting_bytes: Counter[int] = Counter()  # by transfer
+        self._output: list[Frame] = []
+        self._result: _Result | None = None
+
+    def put(self, item: messages.AttemptReport | Frame) -> None:
+        """Something came. Raises :class:`ProtocolError` if it is more than the window allows."""
+        if isinstance(item, Frame):
+            waiting = self._waiting_bytes[item.transfer] + len(item.data)
+            if waiting > WINDOW_BYTES + CHUNK_BYTES:
+                raise ProtocolError(f"attempt {self._attempt.id}: sent more than the window allows")
+            self._waiting_bytes[item.transfer] = waiting
+        self._waiting.put_nowait(item)
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._waiting.put_nowait(None)
+
+    async def run(self) -> None:
+        """Carry out what comes until the attempt has ended, or nothing more will come."""
+        try:
+            while await self._carry_out(await self._next_report()):
+                pass
+        except Superseded:
+            self._drop("superseded")
+            self._roster.forget(self._agent, self._attempt)
+        finally:
+            self._outbox.close(transfer_id(self._attempt.id, Stream.INPUT))
+
+    async def _next_report(self) -> messages.AttemptReport | Frame | None:
+        """Return what comes next that is not output; that is stored when nothing else waits.
+
+        What is left of the output came just before: it is to be stored with what is returned.
+        """
+        while True:
+            if self._output and self._waiting.empty():
+                await self._store_output()
+            item = await self._waiting.get()
+            if isinstance(item, Frame) and _is_output(item):
+                self._output.append(item)
+                continue
+            if item is None and self._output:
+                await self._store_output()
+            return item
+
+    async def _carry_out(self, item: messages.AttemptReport | Frame | None) -> bool:
+        """Do what a report demands; returns whether more of the attempt is to come."""
+        match item:
+            case None:
+                return False
+            case messages.Accepted():
+                self._outbox.close(transfer_id(self._attempt.id, Stream.INPUT))
+                await self._advance(jobs.JobState.SUBMITTED, "input received")
+            case messages.Started():
+                await self._advance(jobs.JobState.RUNNING, "process started")
+            case messages.Finished():
+                self._result = result = await self._begin_result(item)
+                if result.offset == item.result_size:
+                    # stored before, but the agent did not hear of it
+                    await self._finish(result, result.offset, [])
+                    return False
+            case Frame():
+                return not await self._take_result(item)
+            case messages.Lost():
+                reason = f"agent {self._agent.name} lost it: {item.reason}"
+                await self._give_back(reason, "lost")
+                return False
+            case messages.Rejected():
+                await self._reject(item.reason)
+                return False
+        return True
+
+    async def _give_back(self, reason: str, answer: str) -> None:
+        await self._roster.give_back(self._agent, self._attempt, Loss.REPORTED, reason)
+        self._drop(answer)
+
+    async def _reject(self, reason: str) -> None:
+        await until_stored(lambda: self._store.attempts.reject(self._attempt.id, reason))
+        self._drop("rejected")
+        self._end(jobs.JobState.INVALID)
+
+    async def _advance(self, state: jobs.JobState, reason: str) -> None:
+        attempt = self._attempt
+        if jobs.ACTIVE_STATES.index(attempt.state) >= jobs.ACTIVE_STATES.index(state):
+            return  # repeated after a reconnect
+        await until_stored(lambda: self._store.attempts.advance(attempt.id, state, reason))
+        attempt.state = state
+        self._log("state", state)
+
+    def _end(self, state: jobs.JobState) -> None:
+        self._roster.forget(self._agent, self._attempt)
+        self._log("ended", state)
+
+    def _log(self, name: str, state: jobs.JobState) -> None:
+        attempt = self._attempt
+        event(
+            log, name, job=attempt.job.id, attempt=attempt.id, agent=self._agent.name, state=state
+        )
+
+    def _drop(self, reason: str) -> None:
+        self._outbox.put(messages.Drop(self._attempt.id, reason))
+
+    # --- output
+
+    async def _store_output(self) -> None:
+        """Store what was written since the last time, and open the window again."""
+        frames = self._output
+        new = self._new_output()
+        await until_stored(lambda: self._store.output.append(self._attempt.id, new))
+        ends: dict[int, int] = {}
+        for frame in frames:
+            self._waiting_bytes[frame.transfer] -= len(frame.data)
+            ends[frame.transfer] = frame.offset + len(frame.data)
+        for transfer, end in ends.items():
+            self._outbox.put(messages.Acknowledge(transfer, end))
+        frames.clear()
+
+    def _new_output(self) -> NewOutput:
+        pieces = tuple(
+            OutputPiece(transfer_parts(frame.transfer)[1], frame.offset, frame.data)
+            for frame in self._output
+        )
+        return NewOutput(pieces, self._roster.settings.max_log_bytes)
+
+    # --- the result
+
+    async def _begin_result(self, report: messages.Finished) -> _Result:
+        if report.state not in jobs.FINAL_STATES:
+            raise ProtocolError(f"attempt {report.attempt_id}: finished as {report.state}")
+        if report.result_size < 1:
+            raise ProtocolError(f"attempt {report.attempt_id}: a result of no bytes")
+        if not self._attempt.may_have_result:
+            return _Result(report, hashlib.sha256(), 0)
+        offset = await self._store.attempts.result_size(report.attempt_id)
+        if offset > report.result_size or offset % CHUNK_BYTES:
+            await until_stored(lambda: self._store.attempts.discard_result(report.attempt_id))
+            offset = 0
+        digest = await self._store.attempts.result_digest(report.attempt_id, offset)
+        return _Result(report, digest, offset)
+
+    async def _take_result(self, first: Frame) -> bool:
+        """Store the frames that are there; returns whether the result is whole and stored."""
+        result = self._result
+        if result is None:
+            raise ProtocolError(f"attempt {self._attempt.id}: bytes before Finished")
+        self._attempt.may_have_result = True  # also if the connection ends before the store answers
+        start = result.offset
+        chunks = self._frames_at_hand(result, first)
+        if result.offset == result.report.result_size:
+            for chunk in chunks:
+                result.digest.update(chunk)
+            await self._finish(result, start, chunks)
+            return True
+        if chunks:
+            attempt_id = self._attempt.id
+            # side by side: the one takes the event loop's time, the other the writer's
+            await asyncio.gather(
+                until_stored(lambda: self._store.attempts.append_result(attempt_id, start, chunks)),
+                _hash(result, chunks),
+            )
+        transfer = transfer_id(self._attempt.id, Stream.RESULT)
+        self._outbox.put(messages.Acknowledge(transfer, result.offset))
+        return False
+
+    def _frames_at_hand(self, result: _Result, first: Frame) -> list[bytes]:
+        """Return the chunks of a result's frames that have come, ``first`` and what follows."""
+        chunks: list[bytes] = []
+        frame = first
+        while True:
+            self._waiting_bytes[frame.transfer] -= len(frame.data)
+            _append_frame(result, frame, chunks)
+            if self._waiting.empty():
+                return chunks
+            item = self._waiting.get_nowait()
+            if item is None:
+                self.close()  # for the caller, after what is here
+                return chunks
+            if not isinstance(item, Frame) or _is_output(item):
+                raise ProtocolError(
+                    f"attempt {self._attempt.id}: {type(item).__name__} within a result"
+                )
+            frame = item
+
+    async def _finish(self, result: _Result, start: int, tail: list[bytes]) -> None:
+        report = result.report
+        if result.digest.hexdigest() != report.result_sha256:
+            # the agent would send the same again for ever
+            reason = f"agent {self._agent.name} sent a result with another SHA-256 than it said"
+            await self._give_back(reason, "damaged")
+            return
+        new = self._new_output()
+        await until_stored(lambda: self._store.attempts.finish(report, start, tail, new))
+        self._outbox.put(messages.Stored(self._attempt.id))
+        self._end(report.state)
+
+
+def _is_output(frame: Frame) -> bool:
+    return transfer_parts(frame.transfer)[1] in OUTPUT_STREAMS
+
+
+def _append_frame(result: _Result, frame: Frame, chunks: list[bytes]) -> None:
+    """Check that a frame continues the result and take its bytes; a repeated one is ignored."""
+    if frame.offset < result.offset:
+        return
+    left = result.report.result_size - frame.offset
+    if frame.offset > result.offset or len(frame.data) != min(left, CHUNK_BYTES):
+        raise ProtocolError(
+            f"attempt {result.report.attempt_id}: {len(frame.data)} bytes at {frame.offset},"
+            f" expected offset {result.offset}"
+        )
+    chunks.append(frame.data)
+    result.offset += len(frame.data)
+
+
+async def _hash(result: _Result, chunks: Sequence[bytes]) -> None:
+    """Take chunks into the digest, with a turn for others before each."""
+    for chunk in chunks:
+        await asyncio.sleep(0)
+        result.digest.update(chunk)

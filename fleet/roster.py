@@ -1,0 +1,285 @@
+"""The agents as the server knows them: who is connected, who is away, and what each holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import config
+from config import Settings, SettingsInForce
+from events import AgentChangeKind
+from fleet.attempt import Attempt
+from fleet.connection import Connection
+from fleet.storing import until_stored
+from records import JobIdentity, KnownAgent, Loss, Superseded
+from store import Store
+from telemetry.logs import event
+from wire import messages
+
+log = logging.getLogger("orchestrator.fleet")
+
+MAX_SLOTS = 4096
+_MAX_ID_LENGTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """An agent as an operator sees it.
+
+    ``services`` is None for all; ``busy`` is the number of slots in use, of ``slots``, which
+    are 0 while it stops by itself. ``heartbeat_age``: seconds since it was heard, None if not
+    since the server started. ``load``: the load average of its machine. ``lease_left``: seconds
+    until the jobs of an agent that is away go to others.
+    """
+
+    id: str
+    name: str
+    version: str | None
+    services: tuple[str, ...] | None
+    slots: int
+    busy: int
+    jobs: tuple[JobIdentity, ...]
+    is_connected: bool
+    is_drained: bool
+    heartbeat_age: float | None
+    load: float | None
+    connected_since: float | None
+    address: str | None
+    lease_left: float | None
+
+
+@dataclass(slots=True)
+class Agent:
+    """An agent, connected or away. Away, it keeps its attempts until the lease runs out."""
+
+    id: str
+    name: str
+    slots: int = 0
+    services: frozenset[str] | None = None
+    connection: Connection | None = None
+    reserved: int = 0
+    attempts: dict[int, Attempt] = field(default_factory=dict)
+    version: str | None = None
+    is_drained: bool = False
+    heard_at: float | None = None
+    lease_ends_at: float | None = None  # on the event loop's clock
+
+    def free_slots(self) -> int:
+        """Return how many more jobs it could run now."""
+        if self.is_drained or self.connection is None or not self.connection.is_welcomed:
+            return 0
+        return self.slots - self.reserved - len(self.attempts)
+
+    def offers(self, service: str) -> bool:
+        """Say whether jobs of the service may run there."""
+        return self.services is None or service in self.services
+
+    def takes_nothing_new(self) -> bool:
+        """Say whether it drains, by itself or since an operator wants it."""
+        return self.is_drained or not self.slots
+
+    def is_needed(self) -> bool:
+        """Say whether there is a reason to know it: what it does, or what was said of it."""
+        is_busy = bool(self.attempts) or self.reserved > 0
+        return self.connection is not None or is_busy or self.is_drained
+
+    def load(self) -> float:
+        """Return the share of its slots in use."""
+        return (self.reserved + len(self.attempts)) / self.slots
+
+    def status(self) -> AgentStatus:
+        """Return what an operator sees of it."""
+        now = asyncio.get_running_loop().time()
+        connection = self.connection
+        heard_at = self.heard_at if connection is None else connection.heard_at
+        return AgentStatus(
+            id=self.id,
+            name=self.name,
+            version=self.version,
+            services=None if self.services is None else tuple(sorted(self.services)),
+            slots=self.slots,
+            busy=self.reserved + len(self.attempts),
+            jobs=tuple(attempt.job for attempt in self.attempts.values()),
+            is_connected=connection is not None,
+            is_drained=self.is_drained,
+            heartbeat_age=None if heard_at is None else now - heard_at,
+            load=None if connection is None else connection.load,
+            connected_since=None if connection is None else connection.connected_at,
+            address=None if connection is None else connection.address,
+            lease_left=None if self.lease_ends_at is None else max(0.0, self.lease_ends_at - now),
+        )
+
+
+class Roster:
+    """All agents that are connected, hold attempts or are drained. Run :meth:`run` beside it."""
+
+    def __init__(
+        self, store: Store, settings: SettingsInForce, on_change: Callable[[Agent], None]
+    ) -> None:
+        """``on_change`` is told of each agent that came, left, or has other free slots."""
+        self.store = store
+        self._settings = settings
+        self._on_change = on_change
+        self._agents: dict[str, Agent] = {}
+        self._holders: dict[int, tuple[Agent, Attempt]] = {}  # by job id
+        self._unwritten: asyncio.Queue[tuple[Agent, AgentChangeKind]] = asyncio.Queue()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that hold now."""
+        return self._settings.current
+
+    async def load(self) -> None:
+        """Read which agents hold attempts, and which are drained."""
+        for active in await self.store.attempts.active():
+            self.hold(self._known(active.agent_id, active.agent_name), Attempt.of(active))
+        for known in await self.store.agents.drained():
+            self._known(known.id, known.name).is_drained = True
+
+    async def run(self) -> None:
+        """Write the history of the agents, in its order; ends by cancellation only."""
+        while True:
+            agent, kind = await self._unwritten.get()
+            id_, name = agent.id, agent.name
+            await until_stored(lambda: self.store.agents.record_change(id_, name, kind))  # noqa: B023 - awaited at once
+
+    def __iter__(self) -> Iterator[Agent]:
+        return iter(list(self._agents.values()))
+
+    def __getitem__(self, agent_id: str) -> Agent:
+        return self._agents[agent_id]
+
+    def holder_of(self, job_id: int) -> tuple[Agent, Attempt] | None:
+        """Return the agent that holds a job, and its attempt; None if no agent does."""
+        return self._holders.get(job_id)
+
+    # --- connections
+
+    async def admit(
+        self, connection: Connection, hello: messages.Hello
+    ) -> Agent | messages.Refused:
+        """Take an agent in, or say why not. Its lease stops while it is connected."""
+        if refusal := _refusal(hello):
+            return refusal
+        agent = self._known(hello.agent_id, hello.name)
+        while (present := agent.connection) is not None:
+            if present.instance != hello.instance and await present.is_alive():
+                return messages.Refused(
+                    f"an agent with this identity is already connected, from {present.address}",
+                    retry=True,
+                )
+            await present.close("replaced by a newer connection")
+            await present.ended.wait()
+            agent = self._known(hello.agent_id, hello.name)  # it may have been forgotten meanwhile
+        agent.connection = connection
+        agent.name = hello.name
+        agent.version = hello.version
+        agent.slots = hello.slots
+        agent.services = None if hello.services is None else frozenset(hello.services)
+        self._on_change(agent)
+        try:
+            await until_stored(lambda: self.store.agents.record_connection(agent.id, agent.name))
+        except BaseException:
+            self.detach(connection, agent)
+            raise
+        return agent
+
+    def detach(self, connection: Connection, agent: Agent) -> None:
+        """A connection ended; the agent keeps what it holds for the time of its lease."""
+        if agent.connection is not connection:
+            return
+        agent.connection = None
+        agent.heard_at = connection.heard_at
+        self.write_change(agent, AgentChangeKind.DISCONNECTED)
+        self.changed(agent)
+
+    def stop_giving(self, agent: Agent) -> None:
+        """The agent itself said that it takes nothing new."""
+        self.write_change(agent, AgentChangeKind.DRAINING)
+        agent.slots = 0
+        self.changed(agent)
+
+    def write_change(self, agent: Agent, kind: AgentChangeKind) -> None:
+        """Add to the history of the agents, without waiting for it."""
+        self._unwritten.put_nowait((agent, kind))
+
+    def changed(self, agent: Agent) -> None:
+        """The agent's connection, slots or attempts are others than before."""
+        self._on_change(agent)
+        if not agent.is_needed():
+            self._agents.pop(agent.id, None)
+
+    async def set_drained(self, name: str, is_drained: bool) -> list[AgentStatus]:
+        """Give nothing new to the agents of a name or id, or give them jobs again."""
+        known = await self.store.agents.set_drained(name, is_drained)
+        found = [self._drain(agent, is_drained) for agent in known]
+        statuses = [agent.status() for agent in found]
+        for agent in found:
+            self.changed(agent)
+        return sorted(statuses, key=lambda status: not status.is_connected)
+
+    def _drain(self, known: KnownAgent, is_drained: bool) -> Agent:
+        agent = self._known(known.id, known.name)
+        agent.is_drained = is_drained
+        name = "agent_drained" if is_drained else "agent_resumed"
+        event(log, name, agent=agent.name, id=agent.id)
+        return agent
+
+    def _known(self, agent_id: str, name: str) -> Agent:
+        return self._agents.setdefault(agent_id, Agent(agent_id, name))
+
+    # --- what an agent holds
+
+    def hold(self, agent: Agent, attempt: Attempt) -> None:
+        """The attempt is the agent's from now on."""
+        agent.attempts[attempt.id] = attempt
+        self._holders[attempt.job.id] = agent, attempt
+
+    def forget(self, agent: Agent, attempt: Attempt) -> None:
+        """An attempt ended for good: free its slot."""
+        holder = self._holders.get(attempt.job.id)
+        if holder is not None and holder[1] is attempt:
+            del self._holders[attempt.job.id]
+        if agent.attempts.pop(attempt.id, None) is not None:
+            self.changed(agent)
+        attempt.ended.set()
+
+    async def give_back(self, agent: Agent, attempt: Attempt, loss: Loss, reason: str) -> None:
+        """An attempt was lost: queue its job again, unless it was the last allowed try."""
+        limit = self.settings.max_attempts
+        try:
+            state = await until_stored(
+                lambda: self.store.attempts.requeue(attempt.id, loss, reason, limit)
+            )
+        except Superseded:
+            self.forget(agent, attempt)
+            return
+        event(
+            log,
+            "attempt_lost",
+            level=logging.WARNING,
+            job=attempt.job.id,
+            attempt=attempt.id,
+            agent=agent.name,
+            state=state,
+            reason=reason,
+        )
+        self.forget(agent, attempt)
+
+
+def _refusal(hello: messages.Hello) -> messages.Refused | None:
+    if hello.protocol != messages.PROTOCOL_VERSION:
+        return messages.Refused(
+            f"agent speaks protocol {hello.protocol}, server {messages.PROTOCOL_VERSION}:"
+            " install the same version on both",
+            retry=False,
+        )
+    try:
+        config.checked_agent_name(hello.name)
+    except config.ConfigError as error:
+        return messages.Refused(str(error), retry=False)
+    if not 0 <= hello.slots <= MAX_SLOTS or not 1 <= len(hello.agent_id) <= _MAX_ID_LENGTH:
+        return messages.Refused("slots or agent id out of range", retry=False)
+    return None
