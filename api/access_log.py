@@ -8,10 +8,11 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.http_exceptions import HttpProcessingError
 
-from api.answers import Handler
-from api.tokens import caller_name
+from api.callers import caller_name
+from api.routes import Handler
 from config import AccessLog, SettingsInForce
 from telemetry.instruments import HttpInstruments
+from telemetry.logs import event
 
 _ROUTE = "route"
 _SLOW_SECONDS = 1.0
@@ -38,17 +39,17 @@ def access_logger(
                     return
                 case AccessLog.NOTABLE if not _is_notable(request, response, time):
                     return
-            # The path only: what is secret stands in a query or a header. It is quoted, since
-            # what a client sends may hold any character.
-            self.logger.info(
-                "event=request method=%s path=%r status=%d bytes=%d ms=%.1f remote=%s caller=%s",
-                request.method,
-                request.rel_url.raw_path,
-                response.status,
-                response.body_length,
-                time * 1000,
-                request.remote,
-                caller_name(request),
+            # the path only: what is secret stands in a query or a header
+            event(
+                self.logger,
+                "request",
+                method=request.method,
+                path=request.rel_url.raw_path,
+                status=response.status,
+                bytes=response.body_length,
+                ms=round(time * 1000, 1),
+                remote=request.remote,
+                caller=caller_name(request),
             )
 
     return AccessLogger

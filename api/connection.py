@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any
 
 from aiohttp import web
 
@@ -32,10 +32,42 @@ class ConnectionRunner(web.AppRunner):
 
 class _Server(web.Server):
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
+        return Connection(self, loop=self._loop, **self._kwargs)
 
 
-class _Connection(web.RequestHandler):
+class Connection(web.RequestHandler):
+    """aiohttp's connection, which knows what waits for its client alone."""
+
+    __slots__ = ("_is_lost", "_waiting")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._is_lost = False
+        self._waiting: asyncio.Task[object] | None = None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """For the event loop: the client is gone, or was cut off."""
+        self._is_lost = True
+        super().connection_lost(exc)
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    @contextmanager
+    def interrupting(self, task: asyncio.Task[object]) -> Iterator[None]:
+        """Cancel what the task does inside when the connection ends, and tell it so."""
+        if self._is_lost:
+            raise ConnectionResetError("the client is gone")
+        self._waiting = task
+        try:
+            yield
+        except asyncio.CancelledError:
+            # as asyncio.timeout() does it: only if nobody else wants the task to end
+            if self._is_lost and task.uncancel() == 0:
+                raise ConnectionResetError("the client is gone") from None
+            raise
+        finally:
+            self._waiting = None
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -43,6 +75,7 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
+        """For aiohttp: answer what can't be parsed as HTTP, or what a handler let through."""
         super().handle_error(request, status, exc, message)  # logs it, or raises
         if message is None:
             answer = error_answer(status, "internal error; see the server's log")
@@ -65,40 +98,10 @@ def ended_by_disconnection(request: web.Request) -> Iterator[None]:
     """Interrupt what waits inside when the client goes; raises :class:`ConnectionResetError`.
 
     aiohttp can do this for all handlers or for none (``handler_cancellation``), and most must
-    not be interrupted: a stored job has to be put in line, whether or not its client waits.
+    not be interrupted: a stored job has to be queued, whether or not its client waits.
     """
-    transport = request.transport
-    task = asyncio.current_task()
-    if transport is None or task is None:
-        raise ConnectionResetError("the client is gone")
-    protocol = cast(asyncio.Protocol, transport.get_protocol())
-    watch = _Watch(protocol, task)
-    transport.set_protocol(watch)
-    try:
+    connection, task = request.protocol, asyncio.current_task()
+    assert isinstance(connection, Connection), "the application is run by ConnectionRunner"
+    assert task is not None
+    with connection.interrupting(task):
         yield
-    except asyncio.CancelledError:
-        # as asyncio.timeout() does it: only if nobody else wants the task to end
-        if watch.is_lost and task.uncancel() == 0:
-            raise ConnectionResetError("the client is gone") from None
-        raise
-    finally:
-        if not watch.is_lost:
-            transport.set_protocol(protocol)
-
-
-class _Watch(asyncio.Protocol):
-    """Stands between transport and protocol, passes everything on, and notices the end."""
-
-    def __init__(self, protocol: asyncio.Protocol, task: asyncio.Task[object]) -> None:
-        self.is_lost = False
-        self._task = task
-        self._protocol = protocol
-        self.data_received = protocol.data_received  # type: ignore[method-assign]
-        self.eof_received = protocol.eof_received  # type: ignore[method-assign]
-        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
-        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.is_lost = True
-        self._protocol.connection_lost(exc)
-        self._task.cancel()

@@ -14,12 +14,15 @@ from typing import Any
 
 from aiohttp import hdrs, web
 
-from api.answers import BadRequest, UnknownJob, job_id_of, rfc3339, transition_body
-from api.connection import ended_by_disconnection
-from api.jobs import user_id_of
+from api.answers import rfc3339, transition_body
+from api.callers import user_asked_for
+from api.connection import break_off, ended_by_disconnection
+from api.errors import BadRequest, UnknownJob
+from api.routes import job_id_of
 from events import AgentChange, Event, FeedClosed, Lagged, Subscription, Transition
 from jobs import has_ended
 from store import Store
+from telemetry import logs
 
 log = logging.getLogger("orchestrator.api")
 
@@ -56,7 +59,7 @@ class EventHandlers:
     async def of_all(self, request: web.Request) -> web.StreamResponse:
         """Tell what happens from now on, or from what the client heard last."""
         position = _position_of(request)
-        wanted = _Filter(user_id_of(request), request.query.get("service"))
+        wanted = _Filter(user_asked_for(request), request.query.get("service"))
         last = _Position(*await self._store.history.last_ids())
         # ids past the end are of a database that was put back to an older state
         stream = _Stream(request, last if position is None else position.at_most(last), wanted)
@@ -190,9 +193,8 @@ class _Stream:
         except FeedClosed:
             pass  # the server stops: a proper end, after which clients come again
         except (Lagged, TimeoutError):
-            log.info("event=slow_reader_dropped address=%s", self._request.remote)
-            if self._request.transport is not None:
-                self._request.transport.abort()
+            logs.event(log, "slow_reader_dropped", address=self._request.remote)
+            break_off(self._request)
             raise ConnectionResetError("the client is too slow") from None
         return self._response
 

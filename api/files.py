@@ -15,18 +15,13 @@ from urllib.parse import quote
 
 from aiohttp import hdrs, web
 
-from api import jobs as api_jobs
-from api.answers import (
-    BadRequest,
-    Conflict,
-    NotFound,
-    UnknownJob,
-    error_answer,
-    job_answer,
-    job_id_of,
-)
+from api.answers import error_answer, job_answer
 from api.connection import break_off, ended_by_disconnection
+from api.errors import BadRequest, Conflict, NotFound, UnknownJob
+from api.parameters import place_of, wait_seconds_of
 from api.ranges import RangeNotSatisfiable, failed_condition, requested_part
+from api.routes import job_id_of
+from api.waiting import status_within
 from archive.reader import Archive, DamagedArchive, Member
 from archive.stream import Source, zip_of
 from dispatch import Dispatcher
@@ -80,8 +75,8 @@ class FileHandlers:
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         """Answer with a completed job's result, with the status of any other."""
-        seconds = api_jobs.wait_seconds_of(request)
-        job = await api_jobs.status_within(request, self._store, job_id_of(request), seconds)
+        seconds = wait_seconds_of(request)
+        job = await status_within(request, self._store, job_id_of(request), seconds)
         if job is None:
             raise UnknownJob
         if job.state is not JobState.COMPLETED:
@@ -109,7 +104,7 @@ class FileHandlers:
     async def list_files(self, request: web.Request) -> web.StreamResponse:
         """List what a job left, or what was uploaded while (or if) it left nothing."""
         job = await self._job(request)
-        start = _cursor_of(request)
+        start = place_of(request)
         result = await self._store.blobs.result_of_job(job.id)
         if result is None:
             files = await self._input(job)
@@ -283,7 +278,7 @@ def _refusal(request: web.Request, tag: str) -> web.Response | None:
         case 304:
             return web.Response(status=304, headers={hdrs.ETAG: f'"{tag}"'})
         case 412:
-            return error_answer(412, "the file is not (any more) the one of If-Match")
+            return error_answer(412, "the file is not, or no longer, the one of If-Match")
     return None
 
 
@@ -326,13 +321,6 @@ async def _write_all(
 
 
 # --- lists ------------------------------------------------------------------------
-
-
-def _cursor_of(request: web.Request) -> int:
-    text = request.query.get("cursor", "0")
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise BadRequest("cursor: not one that an earlier page gave")
-    return int(text)
 
 
 def _page_of_input(job_id: int, files: tuple[StoredFile, ...], start: int) -> dict[str, Any]:

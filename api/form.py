@@ -10,27 +10,28 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import aiohttp
-from aiohttp import BodyPartReader, MultipartReader, hdrs, web
+from aiohttp import web
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 import jobs
-from api.answers import BadRequest, ClientStalled, UploadTooLarge
+from api.errors import BadRequest, ClientStalled, UploadTooLarge
+from api.parameters import idempotency_key_of, integer_from, service_from, user_id_from
 from config import LONGEST_TIMEOUT, MAX_UPLOAD_BYTES, ServiceLimits, Settings
 from records import JobRequest
 from store import Upload
 
-# more than aiohttp ever holds back for us: what it has comes as it came, not cut and joined
-_READ_BYTES = 1024 * 1024
-_FIELD_BYTES = 4096
-_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
-_LARGEST_INTEGER = 2**63 - 1
-_HIGHEST_PRIORITY = 100
-_NAME_CHARACTERS = 200
-_KEY_CHARACTERS = 255
+_MAX_FIELD_BYTES = 4096
+_MAX_BOUNDARY_CHARACTERS = 256
+# of a part: a file name of the largest length, every byte of it escaped
+_MAX_PART_HEADER_BYTES = 16 * 1024
+_MAX_PART_HEADERS = 8
+_MAX_PRIORITY = 100
+_MAX_NAME_CHARACTERS = 200
 _MAX_TAGS = 32
 _TAG_KEY = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_TAG_VALUE_CHARACTERS = 256
-_MAX_PASSED_OVER = 100
+_MAX_TAG_VALUE_CHARACTERS = 256
 _SINGLE_FIELDS = frozenset({"user_id", "service", "name", "priority", "timeout"})
+_TRANSFER_ENCODINGS = frozenset({"binary", "8bit", "7bit"})
 
 Admit: TypeAlias = Callable[[int], None]
 """Told the user as soon as the form has said it; raises if that user may not upload now."""
@@ -46,7 +47,6 @@ class _Form:
     user_id: int | None = None
     fields: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    passed_over: int = 0
 
 
 async def ask_for_body(request: web.Request) -> web.StreamResponse | None:
@@ -61,29 +61,47 @@ async def read_form(
     request: web.Request, upload: Upload, settings: Settings, admit: Admit
 ) -> JobRequest:
     """Read the whole request, its files into ``upload``; raises :class:`BadRequest`."""
-    key = idempotency_key(request)
+    key = idempotency_key_of(request)
     form = _Form(settings.max_files, admit)
     try:
         async with _progress_demanded(request, settings.upload_idle):
-            await _read_body(request, form, upload)
+            await _read_body(request, _PartReader(form, upload))
     except TimeoutError:
         raise ClientStalled(f"nothing came for {settings.upload_idle:g} s") from None
-    except (ValueError, AssertionError, RuntimeError, aiohttp.http_exceptions.HttpProcessingError):
-        # what aiohttp's multipart reader raises for input that is not multipart
+    except MultipartError:
         raise BadRequest("the body is not well-formed multipart/form-data") from None
-    except aiohttp.ClientPayloadError:
+    except (aiohttp.ClientPayloadError, web.RequestPayloadError):
         raise BadRequest("the body ended before its announced length") from None
     return _job_request(form, key, settings.services)
 
 
-async def _read_body(request: web.Request, form: _Form, upload: Upload) -> None:
-    reader = await request.multipart()
-    while (part := await reader.next()) is not None:
-        await _read_part(request, part, form, upload)
-    if not reader.at_eof():
-        raise BadRequest("the form ends too early")
-    while await request.content.read(_READ_BYTES):
-        _check_length(request)
+async def _read_body(request: web.Request, reader: _PartReader) -> None:
+    parser = PushMultipartParser(
+        _boundary_of(request),
+        max_header_size=_MAX_PART_HEADER_BYTES,
+        max_header_count=_MAX_PART_HEADERS,
+    )
+    while data := await request.content.readany():
+        # counts what was received: the length may be unannounced
+        if request.content.total_bytes > MAX_UPLOAD_BYTES:
+            raise UploadTooLarge
+        for event in parser.parse(data):
+            match event:
+                case None:
+                    await reader.end()
+                case MultipartSegment():
+                    reader.begin(event)
+                case _:
+                    await reader.add(event)
+    parser.close()  # raises if the last boundary is missing
+
+
+def _boundary_of(request: web.Request) -> str:
+    _, options = parse_options_header(request.headers[aiohttp.hdrs.CONTENT_TYPE])
+    boundary: str = options.get("boundary", "")
+    if not 1 <= len(boundary) <= _MAX_BOUNDARY_CHARACTERS or not boundary.isascii():
+        raise BadRequest("Content-Type: without a well-formed boundary")
+    return boundary
 
 
 @asynccontextmanager
@@ -113,18 +131,95 @@ async def _progress_demanded(request: web.Request, seconds: float) -> AsyncItera
             looking.cancel()
 
 
+# --- parts ------------------------------------------------------------------------
+
+
+class _PartReader:
+    """Takes the parts of a form one after the other: fields are noted, files are uploaded."""
+
+    def __init__(self, form: _Form, upload: Upload) -> None:
+        self._form = form
+        self._upload = upload
+        self._field = ""
+        self._value: bytearray | None = None  # of a field; None while a file comes
+
+    def begin(self, part: MultipartSegment) -> None:
+        """Begin a part; raises :class:`BadRequest` for what no form of ours has."""
+        headers = dict(part.headerlist)
+        if (part.content_type or "").startswith("multipart/"):
+            raise BadRequest("a part of the form is itself multipart")
+        if headers.get("Content-Transfer-Encoding", "binary") not in _TRANSFER_ENCODINGS:
+            raise BadRequest("Content-Transfer-Encoding is not allowed in forms (RFC 7578, 4.7)")
+        self._field = part.name or ""
+        if self._field == "file":
+            self._begin_file(part.filename)
+        elif part.filename is not None:
+            raise BadRequest(f"{self._field!r:.80}: files must be sent in the field 'file'")
+        elif self._field in _SINGLE_FIELDS or self._field == "tag":
+            if self._field in self._form.fields:
+                raise BadRequest(f"{self._field}: given more than once")
+            self._value = bytearray()
+        else:
+            raise BadRequest(f"{self._field!r:.80}: there is no such field")
+
+    async def add(self, data: bytes | bytearray) -> None:
+        """Take bytes of the part."""
+        if self._value is None:
+            await self._upload.write(bytes(data))
+            return
+        self._value += data
+        if len(self._value) > _MAX_FIELD_BYTES:
+            raise BadRequest(f"{self._field}: is too long")
+
+    async def end(self) -> None:
+        """End the part; raises :class:`BadRequest` for a value that can't be."""
+        if self._value is None:
+            await self._upload.finish_file()
+            return
+        try:
+            value = self._value.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise BadRequest(f"{self._field}: is not UTF-8") from None
+        self._value = None
+        if self._field == "tag":
+            _add_tag(self._form, value)
+            return
+        self._form.fields[self._field] = value
+        if self._field == "user_id":
+            self._form.user_id = user_id_from(value)
+            self._form.admit(self._form.user_id)
+
+    def _begin_file(self, name: str | None) -> None:
+        form = self._form
+        if name is None:
+            raise BadRequest("file: must be sent as a file, with a file name")
+        if problem := jobs.file_name_problem(name):
+            raise BadRequest(f"file: the name {name[:80]!r} {problem}")
+        if name in form.files:
+            raise BadRequest(f"file: the name {name!r} is given more than once")
+        if len(form.files) == form.max_files:
+            raise BadRequest(
+                f"file: there are more than {form.max_files} files; send them as an archive"
+            )
+        form.files.add(name)
+        self._upload.start_file(name)
+
+
+# --- fields -----------------------------------------------------------------------
+
+
 def _job_request(form: _Form, key: str | None, services: Mapping[str, ServiceLimits]) -> JobRequest:
     service = form.fields.get("service")
     if service is None:
         raise BadRequest("service: missing")
-    limits = checked_service(service, services)
+    limits = service_from(service, services)
     if form.user_id is None:
         raise BadRequest("user_id: missing")
     _check_files(form.files)
     return JobRequest(
         user_id=form.user_id,
         service=service,
-        name=_checked_text("name", form.fields.get("name", ""), _NAME_CHARACTERS),
+        name=_checked_text("name", form.fields.get("name", ""), _MAX_NAME_CHARACTERS),
         priority=_checked_priority(form.fields.get("priority", "0")),
         timeout=_checked_timeout(form.fields.get("timeout"), limits),
         tags=tuple(sorted(form.tags.items())),
@@ -132,146 +227,17 @@ def _job_request(form: _Form, key: str | None, services: Mapping[str, ServiceLim
     )
 
 
-def idempotency_key(request: web.Request) -> str | None:
-    values = request.headers.getall("Idempotency-Key", [])
-    if not values:
-        return None
-    if len(values) > 1:
-        raise BadRequest("Idempotency-Key: is there twice")
-    if not 1 <= len(values[0]) <= _KEY_CHARACTERS or not values[0].isprintable():
-        raise BadRequest(f"Idempotency-Key: must be 1 to {_KEY_CHARACTERS} printable characters")
-    return values[0]
-
-
-async def _read_part(
-    request: web.Request, part: BodyPartReader | MultipartReader, form: _Form, upload: Upload
-) -> None:
-    if isinstance(part, MultipartReader):
-        raise BadRequest("a part of the form is itself multipart")
-    if part.headers.get("Content-Transfer-Encoding", "binary") not in ("binary", "8bit", "7bit"):
-        raise BadRequest("Content-Transfer-Encoding is not allowed in forms (RFC 7578, 4.7)")
-    name, file_name = _names_of(part)
-    if file_name is not None and name != "file":
-        raise BadRequest(f"{name!r:.80}: files must be sent in the field 'file'")
-    match name:
-        case "file":
-            await _read_file(request, part, file_name, form, upload)
-        case "tag":
-            _add_tag(form, await _read_field(request, part, "tag"))
-        case str() if name in _SINGLE_FIELDS:
-            if name in form.fields:
-                raise BadRequest(f"{name}: is there twice")
-            form.fields[name] = await _read_field(request, part, name)
-            if name == "user_id":
-                form.user_id = checked_user_id(form.fields[name])
-                form.admit(form.user_id)
-        case _:
-            form.passed_over += 1
-            if form.passed_over > _MAX_PASSED_OVER:
-                raise BadRequest(f"there are more than {_MAX_PASSED_OVER} fields of other names")
-            while await part.read_chunk(_READ_BYTES):
-                _check_length(request)
-
-
-async def _read_file(
-    request: web.Request,
-    part: BodyPartReader,
-    name: str | None,
-    form: _Form,
-    upload: Upload,
-) -> None:
-    if name is None:
-        raise BadRequest("file: must be sent as a file, with a file name")
-    if problem := jobs.file_name_problem(name):
-        raise BadRequest(f"file: the name {name[:80]!r} {problem}")
-    if name in form.files:
-        raise BadRequest(f"file: the name {name!r} is there twice")
-    if len(form.files) == form.max_files:
-        raise BadRequest(
-            f"file: there are more than {form.max_files} files; send them as an archive"
-        )
-    form.files.add(name)
-    upload.start_file(name)
-    while data := await part.read_chunk(_READ_BYTES):
-        _check_length(request)
-        await upload.write(data)
-    await upload.finish_file()
-
-
-async def _read_field(request: web.Request, part: BodyPartReader, name: str) -> str:
-    value = bytearray()
-    while data := await part.read_chunk(_FIELD_BYTES):
-        _check_length(request)
-        value += data
-        if len(value) > _FIELD_BYTES:
-            raise BadRequest(f"{name}: is too long")
-    try:
-        return value.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise BadRequest(f"{name}: is not UTF-8") from None
-
-
-def _check_length(request: web.Request) -> None:
-    """Refuse a body of unannounced length once it is too long; counts what was received."""
-    if request.content.total_bytes > MAX_UPLOAD_BYTES:
-        raise UploadTooLarge
-
-
-_PARAMETER = re.compile(r';\s*(?P<key>[\w*]+)=(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^;\s]*))')
-
-
-def _names_of(part: BodyPartReader) -> tuple[str | None, str | None]:
-    """Return field name and file name as browsers and curl write them.
-
-    The HTML standard escapes only CR, LF and the quotation mark, as ``%0D``, ``%0A`` and
-    ``%22`` (older clients use a backslash), and sends everything else as it is. aiohttp
-    decodes all percent escapes, which would change a file called ``100%25.txt``.
-    """
-    values: dict[str, str] = {}
-    for match in _PARAMETER.finditer(part.headers.get(hdrs.CONTENT_DISPOSITION, "")):
-        quoted, plain = match["quoted"], match["plain"]
-        value = plain if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted)
-        for escape, character in (("%0D", "\r"), ("%0A", "\n"), ("%22", '"')):
-            value = value.replace(escape, character)
-        values[match["key"].lower()] = value
-    return values.get("name"), values.get("filename")
-
-
-def checked_service(service: str, services: Mapping[str, ServiceLimits]) -> ServiceLimits:
-    """Return the limits of a service; raises :class:`BadRequest` if it is not configured."""
-    limits = services.get(service)
-    if limits is None:
-        raise BadRequest(
-            f"service: unknown service {service!r:.80}; GET /services tells which there are"
-        )
-    return limits
-
-
-def _checked_integer(name: str, text: str) -> int:
-    if not _INTEGER.fullmatch(text):
-        raise BadRequest(f"{name}: must be an integer")
-    return int(text)
-
-
-def checked_user_id(text: str) -> int:
-    """Return a user's id; raises :class:`BadRequest` for what is none."""
-    user_id = _checked_integer("user_id", text)
-    if not -_LARGEST_INTEGER - 1 <= user_id <= _LARGEST_INTEGER:
-        raise BadRequest("user_id: does not fit into 64 bits")
-    return user_id
-
-
 def _checked_priority(text: str) -> int:
-    priority = _checked_integer("priority", text)
-    if not -_HIGHEST_PRIORITY <= priority <= _HIGHEST_PRIORITY:
-        raise BadRequest(f"priority: must be from -{_HIGHEST_PRIORITY} to {_HIGHEST_PRIORITY}")
+    priority = integer_from("priority", text)
+    if not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
+        raise BadRequest(f"priority: must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}")
     return priority
 
 
 def _checked_timeout(text: str | None, limits: ServiceLimits) -> int | None:
     if text is None:
         return None
-    timeout = _checked_integer("timeout", text)
+    timeout = integer_from("timeout", text)
     longest = LONGEST_TIMEOUT if limits.timeout is None else limits.timeout
     if not 1 <= timeout <= longest:
         raise BadRequest(f"timeout: must be from 1 to {longest} seconds in this service")
@@ -293,10 +259,10 @@ def _add_tag(form: _Form, text: str) -> None:
             "tag: must be key:value, the key 1 to 64 letters, digits, dots, dashes, underscores"
         )
     if key in form.tags:
-        raise BadRequest(f"tag: {key} is there twice")
+        raise BadRequest(f"tag: {key} is given more than once")
     if len(form.tags) == _MAX_TAGS:
         raise BadRequest(f"tag: there are more than {_MAX_TAGS}")
-    form.tags[key] = _checked_text("tag", value, _TAG_VALUE_CHARACTERS)
+    form.tags[key] = _checked_text("tag", value, _MAX_TAG_VALUE_CHARACTERS)
 
 
 def _check_files(names: set[str]) -> None:

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from api.answers import Handler, error_answer
+from api.answers import error_answer
+from api.routes import Handler
 from config import SettingsInForce
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -10,8 +10,9 @@ from typing import Any
 
 from aiohttp import web
 
-from api.answers import NotFound, rfc3339
-from api.tokens import user_restriction
+from api.answers import rfc3339
+from api.callers import user_restriction
+from api.errors import NotFound
 from config import VERSION, ServiceLimits, SettingsInForce
 from dispatch import Dispatcher
 from fleet.roster import AgentStatus
@@ -39,6 +40,10 @@ class OperationHandlers:
         self._dispatcher = dispatcher
         self._settings = settings
         self._instruments = instruments
+
+    async def ping(self, request: web.Request) -> web.StreamResponse:
+        """``GET /``: the server runs."""
+        return web.Response(text="Orchestrator is running\n")
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         """``GET /health``: healthy is a server that can store jobs."""

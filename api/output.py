@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 from aiohttp import hdrs, web
 
-from api.answers import BadRequest, Conflict, UnknownJob, job_id_of
 from api.connection import break_off, ended_by_disconnection
+from api.errors import Conflict, UnknownJob
+from api.parameters import choice, offset_of
+from api.routes import job_id_of
 from events import FeedClosed, Lagged, Output, Transition
 from jobs import JobState, has_ended
 from records import OutputPiece, OutputSource
 from store import Store
 from wire.frames import Stream
-
-T = TypeVar("T")
 
 _STREAMS: Mapping[str, Stream] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _SWITCH: Mapping[str, bool] = {"0": False, "1": True}
@@ -34,9 +33,9 @@ class OutputHandlers:
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """Send what is kept of a stream of a job, from an offset on; with ``follow`` to its end."""
-        stream = _choice(request, "stream", "stdout", _STREAMS)
-        follow = _choice(request, "follow", "0", _SWITCH)
-        offset = _offset_of(request)
+        stream = choice(request, "stream", "stdout", _STREAMS)
+        follow = choice(request, "follow", "0", _SWITCH)
+        offset = offset_of(request)
         job_id = job_id_of(request)
         writing = await self._store.output.source(job_id)
         if writing is None:
@@ -148,17 +147,3 @@ class _LogWriter:
 
 def _piece_of(event: Output) -> OutputPiece:
     return OutputPiece(event.stream, event.start, event.data)
-
-
-def _choice(request: web.Request, name: str, default: str, choices: Mapping[str, T]) -> T:
-    value = request.query.get(name, default)
-    if value not in choices:
-        raise BadRequest(f"{name}: must be {' or '.join(choices)}")
-    return choices[value]
-
-
-def _offset_of(request: web.Request) -> int:
-    text = request.query.get("offset", "0")
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise BadRequest("offset: must be a number of bytes")
-    return int(text)

@@ -1,4 +1,4 @@
-"""API tokens: who asks, and what that token may see and do. Without tokens the API is open."""
+"""API tokens: what a request's token allows. Without tokens the API is open."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from api.answers import Forbidden, Handler, Unauthorized, UnknownJob, job_id_of
-from api.policy import is_for_bound_tokens, needed_role
+from api.callers import note_caller
+from api.errors import Forbidden, Unauthorized, UnknownJob
+from api.routes import Access, Handler, Policy, job_id_of
 from records import Role, StoreError, Token, digest_of
 from store import Store
+from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.api")
 
-_CALLER = "caller"
 _FRESH_SECONDS = 1.0
-_REMEMBERED_OWNERS = 10_000
 
 
 class TokenGate:
@@ -30,28 +30,27 @@ class TokenGate:
     A token bound to a user reaches that user's jobs only; others are not there for it.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, policy: Policy) -> None:
+        self._store = store
+        self._policy = policy
         self._tokens = _Tokens(store)
-        self._owners = _Owners(store)
 
     def middleware(self) -> Middleware:
         """Return what stands before all handlers."""
 
         @web.middleware
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-            resource = request.match_info.route.resource
-            path = None if resource is None else resource.canonical
-            needed = needed_role(request.method, path)
-            if needed is None or not (known := await self._tokens.known()):
+            access = self._policy.access_of(request)
+            if access.role is None or not (known := await self._tokens.known()):
                 return await handler(request)
             digest = _presented_digest(request)
             caller = known.get(digest)
             if caller is None:
-                raise Unauthorized("the token is not valid (any more)")
-            request[_CALLER] = caller
-            _check_role(caller, needed)
+                raise Unauthorized("the token is not valid, or no longer")
+            note_caller(request, caller)
+            _check_role(caller, access.role)
             if caller.user_id is not None:
-                await self._check_owner(request, caller.user_id, path)
+                await self._check_reach(request, access, caller.user_id)
             with self._tokens.held(digest, request):
                 return await handler(request)
 
@@ -61,30 +60,12 @@ class TokenGate:
         """End the background work."""
         await self._tokens.close()
 
-    async def _check_owner(self, request: web.Request, user_id: int, path: str | None) -> None:
-        if "id" not in request.match_info:
-            if not is_for_bound_tokens(path):
-                raise Forbidden("this token is for the jobs of one user")
-        elif await self._owners.owner_of(job_id_of(request)) != user_id:
-            raise UnknownJob
-
-
-def user_restriction(request: web.Request) -> int | None:
-    """Return the only user whose jobs the caller may see, None if it may see all."""
-    caller: Token | None = request.get(_CALLER)
-    return None if caller is None else caller.user_id
-
-
-def caller_name(request: web.BaseRequest) -> str:
-    """Return the name of the caller's token, a dash if none was needed."""
-    caller: Token | None = request.get(_CALLER)
-    return "-" if caller is None else caller.name
-
-
-def check_user(request: web.Request, user_id: int) -> None:
-    """Raise :class:`Forbidden` if the caller may not act for this user."""
-    if user_restriction(request) not in (None, user_id):
-        raise Forbidden(f"this token is not for user {user_id}")
+    async def _check_reach(self, request: web.Request, access: Access, user_id: int) -> None:
+        if access.is_about_a_job:
+            if await self._store.jobs.owner_of(job_id_of(request)) != user_id:
+                raise UnknownJob
+        elif not access.is_for_bound_tokens:
+            raise Forbidden("this token is for the jobs of one user")
 
 
 def _presented_digest(request: web.Request) -> str:
@@ -100,25 +81,6 @@ def _presented_digest(request: web.Request) -> str:
 def _check_role(caller: Token, needed: Role) -> None:
     if not caller.role.includes(needed):
         raise Forbidden(f"this token allows to {caller.role}, the role {needed} is needed here")
-
-
-class _Owners:
-    """The users of jobs, which never change: those asked for lately are remembered."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._known: dict[int, int] = {}
-
-    async def owner_of(self, job_id: int) -> int | None:
-        """Return the user of a job, None if there is no such job."""
-        owner = self._known.get(job_id)
-        if owner is None:
-            owner = await self._store.jobs.owner_of(job_id)
-            if owner is not None:
-                if len(self._known) >= _REMEMBERED_OWNERS:
-                    self._known.clear()
-                self._known[job_id] = owner
-        return owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +151,9 @@ class _Tokens:
         try:
             known = await self.known()
         except StoreError as error:
-            log.warning("event=tokens_unreadable error=%r", str(error))
+            event(log, "tokens_unreadable", level=logging.WARNING, error=str(error))
             return
         for held in self._open.values():
             if held.digest not in known and held.request.transport is not None:
-                log.info("event=revoked_connection_cut address=%s", held.request.remote)
+                event(log, "revoked_connection_cut", address=held.request.remote)
                 held.request.transport.abort()

@@ -11,21 +11,24 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from api import form as api_form
-from api.answers import (
+from api.answers import job_answer
+from api.callers import check_user, user_restriction
+from api.errors import (
     BadRequest,
     TooManyUploads,
+    TooManyUploadsOfUser,
     UnknownJob,
     UploadTooLarge,
-    job_answer,
-    job_id_of,
 )
-from api.tokens import check_user, user_restriction
+from api.form import read_form
+from api.parameters import idempotency_key_of, service_from
+from api.routes import job_id_of
 from config import MAX_UPLOAD_BYTES, SettingsInForce
 from dispatch import Dispatcher
 from jobs import JobState
 from records import JobRequest, JobStatus, Submission
 from store import Store, Upload
+from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.api")
 
@@ -45,14 +48,14 @@ class OpenUploads:
         Call what it gives with the upload's user, once that is known; it raises likewise.
         """
         if self._of_all >= self._settings.current.max_open_uploads_total:
-            raise TooManyUploads(f"{self._of_all} uploads are arriving, which is the limit", 503)
+            raise TooManyUploads(f"{self._of_all} uploads are arriving, which is the limit")
         users: list[int] = []
 
         def count_for(user_id: int) -> None:
             count = self._of_users[user_id]
             if count >= self._settings.current.max_open_uploads:
-                raise TooManyUploads(
-                    f"{count} uploads of user {user_id} are arriving, which is the limit", 429
+                raise TooManyUploadsOfUser(
+                    f"{count} uploads of user {user_id} are arriving, which is the limit"
                 )
             self._of_users[user_id] += 1
             users.append(user_id)
@@ -101,7 +104,7 @@ class SubmitHandlers:
                 if bound_user is None:
                     count_for(user_id)
 
-            return await api_form.read_form(request, upload, self._settings.current, admit)
+            return await read_form(request, upload, self._settings.current, admit)
 
     async def rerun(self, request: web.Request) -> web.StreamResponse:
         """POST /jobs/{id}/rerun."""
@@ -109,8 +112,8 @@ class SubmitHandlers:
         job = await self._store.jobs.request(source_id)
         if job is None:
             raise UnknownJob
-        api_form.checked_service(job.service, self._settings.current.services)
-        job = dataclasses.replace(job, idempotency_key=api_form.idempotency_key(request))
+        service_from(job.service, self._settings.current.services)
+        job = dataclasses.replace(job, idempotency_key=idempotency_key_of(request))
         message = f"Job {source_id} successfully submitted again"
         submission = await self._dispatcher.rerun(source_id, job, message)
         return self._answer(submission, message)
@@ -118,7 +121,7 @@ class SubmitHandlers:
     def _answer(self, submission: Submission, message: str) -> web.Response:
         job = submission.job
         if submission.is_repeated:
-            log.info("event=upload_repeated job=%d user=%d", job.id, job.user_id)
+            event(log, "upload_repeated", job=job.id, user=job.user_id)
         else:
-            log.info("event=uploaded job=%d user=%d service=%s", job.id, job.user_id, job.service)
+            event(log, "uploaded", job=job.id, user=job.user_id, service=job.service)
         return job_answer(JobStatus(job.id, JobState.QUEUED, message), status=201)

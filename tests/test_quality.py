@@ -72,6 +72,22 @@ def test_imports_go_one_way() -> None:
             assert any(_covers(part, other) for part in may), f"{name} imports {other}"
 
 
+def test_handlers_import_no_handlers() -> None:
+    text = (PROJECT / "docs" / "architecture.md").read_text()
+    sentence = re.search(r"none of(.*?)imports another of these", text, re.DOTALL)
+    assert sentence
+    handlers = set(re.findall(r"`([\w/]+)`", sentence[1]))
+    modules = _modules()
+    defined = {
+        name
+        for name, path in modules.items()
+        if name.startswith("api/") and re.search(r"^class \w*Handlers\b", path.read_text(), re.M)
+    }
+    assert handlers == defined
+    for name in handlers:
+        assert _imported(modules[name]) & handlers <= {name}, name
+
+
 def test_no_import_goes_in_a_circle() -> None:
     modules = _modules()
     waiting = {name: _imported(path) & set(modules) for name, path in modules.items()}

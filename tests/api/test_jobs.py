@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient
 
 import config
 from api import application as api
@@ -24,6 +24,7 @@ from dispatch import Dispatcher
 from jobs import JobState
 from records import JobFilter, JobSummary
 from storage import queries as store_search
+from tests.api.in_process import ApiServer
 from tests.api.test_api import assert_error
 from tests.harness import (
     POLL_SECONDS,
@@ -96,7 +97,7 @@ async def test_a_client_that_goes_away_leaves_nothing_waiting(tmp_path: Path) ->
         settings = config.SettingsInForce(config.Settings())
         dispatcher = Dispatcher(store, settings)
         application = api.make_application(store, dispatcher, settings, "t" * 20)
-        async with TestClient(TestServer(application)) as client:
+        async with TestClient(ApiServer(application)) as client:
             url = client.make_url(f"/download/{job.id}?wait=300")
             async with aiohttp.ClientSession() as session:
                 request = asyncio.create_task(session.get(url))

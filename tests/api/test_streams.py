@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient
 
 import config
 from api import application as api
@@ -23,6 +23,7 @@ from dispatch import Dispatcher
 from events import Transition
 from jobs import JobState
 from store import Store
+from tests.api.in_process import ApiServer
 from tests.api.test_api import assert_error
 from tests.harness import AgentProcess, Server, curl, eventually, running_server
 from tests.storage.test_store import make_job, opened
@@ -147,7 +148,7 @@ async def streaming(store: Store) -> AsyncIterator[TestClient[Any, Any]]:
     """An API in this process, on a store that the test feeds."""
     settings = config.SettingsInForce(config.Settings())
     application = api.make_application(store, Dispatcher(store, settings), settings, "t" * 20)
-    async with TestClient(TestServer(application)) as client:
+    async with TestClient(ApiServer(application)) as client:
         yield client
 
 

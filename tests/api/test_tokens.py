@@ -15,10 +15,13 @@ import pytest
 import yaml
 
 import runtime
-from api.policy import is_for_bound_tokens, needed_role
+from api.application import routes
+from api.routes import Policy
 from commands import operators
+from config import Settings, SettingsInForce
 from records import Role, Token, digest_of
 from storage.tokens import create_token, new_secret, revoke_token
+from telemetry.instruments import Instruments
 from tests.harness import PROJECT, Answer, Server, curl, run, running_server
 
 
@@ -266,20 +269,29 @@ async def test_each_role_does_what_it_says_and_no_more(server: Server, folder: P
             operators.parse_arguments(["token", "create", "--name", "x", *bad])
 
 
+def policy_of_all_routes() -> Policy:
+    settings = SettingsInForce(Settings())
+    nothing: Any = None
+    return Policy(routes(nothing, nothing, settings, "t" * 20, Instruments()))
+
+
 def test_what_the_policy_does_not_know_only_admins_may_do() -> None:
-    assert needed_role("POST", "/agents/{name}/drain") is Role.ADMIN
-    assert needed_role("DELETE", "/upload/everything") is Role.ADMIN
-    assert needed_role("GET", "/something/new") is Role.READ
-    assert not is_for_bound_tokens("/something/new")
+    policy = policy_of_all_routes()
+    assert policy.access("POST", "/agents/{name}/drain").role is Role.ADMIN
+    assert policy.access("DELETE", "/upload/everything").role is Role.ADMIN
+    assert policy.access("GET", "/something/new").role is Role.ADMIN
+    assert not policy.access("GET", "/something/new").is_for_bound_tokens
+    assert policy.access("GET", None).role is Role.READ
     assert Role.ADMIN.includes(Role.SUBMIT)
     assert not Role.READ.includes(Role.SUBMIT)
 
 
 def test_every_call_that_may_demand_a_token_is_documented_to_do_so() -> None:
     document = yaml.safe_load((PROJECT / "openapi.yaml").read_text())
+    policy = policy_of_all_routes()
     for path, item in document["paths"].items():
         for method, operation in item.items():
-            is_open = needed_role(method.upper(), path) is None
+            is_open = policy.access(method.upper(), path).role is None
             documented = {"401", "403"} <= operation["responses"].keys()
             assert documented is not is_open, (method, path)
             assert (operation.get("security") == []) is is_open, (method, path)

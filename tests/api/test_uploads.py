@@ -74,11 +74,12 @@ async def test_fields_are_kept_and_those_out_of_range_refused(tmp_path: Path, fo
         for field, words in REFUSED.items():
             assert_error(await submit(server, folder, "-F", field), 400, words)
         twice = ("-F", "tag=a:1", "-F", "tag=a:2")
-        assert_error(await submit(server, folder, *twice), 400, "^tag: a is there twice")
+        assert_error(await submit(server, folder, *twice), 400, "^tag: a is given more than once")
         many = [word for number in range(33) for word in ("-F", f"tag=t{number}:")]
         assert_error(await submit(server, folder, *many), 400, "^tag: there are more than 32")
-        strange = [word for number in range(101) for word in ("-F", f"x{number}=")]
-        assert_error(await submit(server, folder, *strange), 400, "more than 100 fields")
+        assert_error(
+            await submit(server, folder, "-F", "proirity=1"), 400, "^'proirity': .*no such"
+        )
         assert jobs(server) == 0
         fields = ["name=" + "é" * 200, "priority=-100", "timeout=60", "tag=url:http://x:1"]
         fields += [f"tag=t{number}:{'→' * 256}" for number in range(31)]

@@ -1,0 +1,71 @@
+"""The path where agents open their WebSocket."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import AsyncIterator
+
+import aiohttp
+from aiohttp import hdrs, web
+
+from api.answers import error_answer
+from api.guard import is_loopback
+from config import SettingsInForce
+from dispatch import Dispatcher
+from telemetry.logs import event
+from wire.codec import MAX_TEXT_BYTES
+
+log = logging.getLogger("orchestrator.api")
+
+
+class AgentChannelHandlers:
+    """The handler of ``/agent``."""
+
+    def __init__(self, dispatcher: Dispatcher, settings: SettingsInForce, token: str) -> None:
+        self._dispatcher = dispatcher
+        self._token = token
+        self._token_needed = not is_loopback(settings.current.host)
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """``GET /agent``: talk to an agent until its connection ends."""
+        if not self._is_agent_allowed(request):
+            event(log, "agent_token_refused", level=logging.WARNING, address=request.remote)
+            return error_answer(401, "a valid agent token is needed here")
+        channel = _AgentSocket(
+            heartbeat=None, compress=False, max_msg_size=MAX_TEXT_BYTES, timeout=1.0
+        )
+        if not channel.can_prepare(request):
+            return error_answer(400, "this path is for agents, which open a WebSocket here")
+        await channel.prepare(request)
+        try:
+            await self._dispatcher.serve_agent(channel, request.remote or "")
+        except Exception as error:  # noqa: BLE001 - logged, and the connection is ended
+            # answered here: the connection speaks WebSocket now, an HTTP answer would be noise
+            event(
+                log,
+                "agent_session_failed",
+                level=logging.ERROR,
+                address=request.remote,
+                exc_info=error,
+            )
+            await channel.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR, message=b"internal error")
+        return channel
+
+    def _is_agent_allowed(self, request: web.Request) -> bool:
+        header = request.headers.get(hdrs.AUTHORIZATION)
+        if header is None:
+            return not self._token_needed
+        expected = f"Bearer {self._token}"
+        return hmac.compare_digest(
+            header.encode("utf-8", "surrogateescape"), expected.encode("utf-8")
+        )
+
+
+class _AgentSocket(web.WebSocketResponse):
+    """aiohttp's WebSocket, read as text and bytes only."""
+
+    async def frames(self) -> AsyncIterator[str | bytes]:
+        async for message in self:
+            if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                yield message.data
