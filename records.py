@@ -49,7 +49,7 @@ class InputGone(StoreError):
 
 
 class ResultMismatch(StoreError):
-    """A result's bytes do not have the length or the SHA-256 that the agent announced."""
+    """A result is not what the agent announced, or no whole archive, or its report no end."""
 
 
 # --- jobs -------------------------------------------------------------------------

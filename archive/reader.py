@@ -37,6 +37,30 @@ _UTF8_NAME = 0x800  # (4.4.4) bit 11
 _ZIP64_EXTRA, _TIMESTAMP_EXTRA = 0x0001, 0x5455
 
 
+ENDING_BYTES = _END.size + _ZIP64_LOCATOR.size + _ZIP64_END.size
+"""How much of an archive without a comment stands behind its central directory, at most."""
+
+
+def has_whole_ending(ending: bytes, size: int) -> bool:
+    """Say whether an archive of ``size`` bytes, without a comment, ends as one that is whole.
+
+    ``ending`` are its last :data:`ENDING_BYTES`, or all of it. The central directory must reach
+    from where the end says it starts up to that end: nothing was cut off or put between.
+    """
+    at = len(ending) - _END.size
+    if at < 0 or not ending.startswith(b"PK\x05\x06", at):
+        return False
+    *_, length, first, comment = _END.unpack_from(ending, at)
+    directory_end = size - _END.size
+    locator = at - _ZIP64_LOCATOR.size
+    if locator >= _ZIP64_END.size and ending.startswith(b"PK\x06\x07", locator):
+        directory_end -= _ZIP64_LOCATOR.size + _ZIP64_END.size
+        signature, *_, length, first = _ZIP64_END.unpack_from(ending, locator - _ZIP64_END.size)
+        if signature != b"PK\x06\x06":
+            return False
+    return bool(comment == 0 and first + length == directory_end)
+
+
 class DamagedArchive(Exception):
     """The archive is not what the format, or its own directory, says."""
 

@@ -14,7 +14,7 @@ import jobs
 from fleet.attempt import Attempt
 from fleet.roster import Agent, Roster
 from fleet.storing import until_stored
-from records import Loss, NewOutput, OutputPiece, Superseded
+from records import Loss, NewOutput, OutputPiece, ResultMismatch, Superseded
 from telemetry.logs import event
 from wire import messages
 from wire.frames import (
@@ -245,7 +245,13 @@ class Intake:
             await self._give_back(reason, "damaged")
             return
         new = self._new_output()
-        await until_stored(lambda: self._store.attempts.finish(report, start, tail, new))
+        finish, agent_id = self._store.attempts.finish, self._agent.id
+        try:
+            await until_stored(lambda: finish(agent_id, report, start, tail, new))
+        except ResultMismatch:
+            # as above: the next attempt may have a better one
+            await self._give_back(f"agent {self._agent.name} sent no whole archive", "damaged")
+            return
         self._outbox.put(messages.Stored(self._attempt.id))
         self._end(report.state)
 

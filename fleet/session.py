@@ -281,7 +281,7 @@ class Session:
         """Answer for an attempt that is not, or no longer, this agent's."""
         try:
             # a repeated report of a result that is stored already does no harm
-            await until_stored(lambda: self._store.attempts.finish(report, 0, ()))
+            await until_stored(lambda: self._store.attempts.finish(self._agent.id, report, 0, ()))
         except (Superseded, ResultMismatch):
             self._outbox.put(messages.Drop(report.attempt_id, "superseded"))
         else:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, cast
 
-from jobs import ACTIVE_STATES, FileSpec, JobState
+from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState
 from records import (
     NO_OUTPUT,
     ActiveJob,
@@ -17,11 +17,13 @@ from records import (
     NewOutput,
     ResultMismatch,
     StoredFile,
+    Superseded,
     UserQueue,
 )
 from storage.blobs import (
     SMALL_BYTES,
     Blobs,
+    demand_whole_archive,
     drop_partial_result,
     has_result,
     insert_chunks,
@@ -141,6 +143,7 @@ class Attempts:
 
     async def finish(
         self,
+        agent_id: str,
         report: Finished,
         offset: int,
         tail: Sequence[bytes],
@@ -151,18 +154,23 @@ class Attempts:
         ``tail`` are the last chunks, from ``offset`` on. A job that was killed while its agent
         was away stays so, and gets the result as what it left. A repeated call for a job that
         this very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
-        longer counts, :class:`ResultMismatch` if the lengths don't add up.
+        longer counts or is another agent's, :class:`ResultMismatch` if the report does not end a
+        job, the lengths don't add up, or the bytes are no whole archive.
         """
         size = sum(map(len, tail))
 
         def operation(db: Database) -> None:
             job = job_of_attempt(db, report.attempt_id)
+            _demand_holder(db, report.attempt_id, agent_id)
             is_killed = job.state is JobState.KILLED and not has_result(db, report.attempt_id)
             if job.state not in ACTIVE_STATES and not is_killed:
                 return
+            if report.state not in FINAL_STATES:
+                raise ResultMismatch(f"attempt {report.attempt_id}: {report.state} is no end")
             add_output(db, job, report.attempt_id, output)
             drop_live_output(db, report.attempt_id)
             self._append(db, report.attempt_id, offset, tail)
+            demand_whole_archive(db, report.attempt_id)
             seal_result(db, report)
             db.execute(
                 "UPDATE attempt SET exit_code = ? WHERE id = ?",
@@ -270,6 +278,13 @@ class Attempts:
 
 def _active_job(row: Sequence[Any]) -> ActiveJob:
     return ActiveJob(JobIdentity(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
+
+
+def _demand_holder(db: Database, attempt_id: int, agent_id: str) -> None:
+    """Raise :class:`Superseded` if the attempt is not this agent's."""
+    row = db.execute("SELECT agent_id FROM attempt WHERE id = ?", (attempt_id,)).fetchone()
+    if row is None or row[0] != agent_id:
+        raise Superseded(f"attempt {attempt_id} is not the agent's")
 
 
 def files_of(db: Database, attempt_id: int) -> tuple[StoredFile, ...]:

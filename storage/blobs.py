@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from archive.reader import ENDING_BYTES, has_whole_ending
 from jobs import FileSpec
 from records import ResultMismatch, StoredFile, StoredResult, StoreUnavailable
 from storage.database import Database
@@ -200,6 +201,18 @@ def drop_partial_result(db: Database, attempt_id: int) -> None:
         (attempt_id,),
     )
     db.execute("UPDATE attempt SET result_blob = NULL WHERE id = ?", (attempt_id,))
+
+
+def demand_whole_archive(db: Database, attempt_id: int) -> None:
+    """Raise :class:`ResultMismatch` if an attempt's result does not end as a whole ZIP does."""
+    blob_id, size = db.execute(
+        "SELECT blob.id, blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
+        " WHERE attempt.id = ?",
+        (attempt_id,),
+    ).fetchone()
+    length = min(size, ENDING_BYTES)
+    if not has_whole_ending(b"".join(read_blob(db, blob_id, size - length, length)), size):
+        raise ResultMismatch(f"attempt {attempt_id}: the result is no whole archive")
 
 
 def seal_result(db: Database, report: Finished) -> None:

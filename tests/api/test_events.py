@@ -10,7 +10,7 @@ import pytest
 from events import Feed, Lagged, Transition
 from jobs import JobState
 from records import IllegalTransition
-from tests.storage.test_store import begin, make_job, opened, report
+from tests.storage.test_store import begin, make_job, opened, report, zipped
 
 pytestmark = pytest.mark.quick
 
@@ -26,7 +26,9 @@ async def test_a_commit_is_told_and_a_refused_change_is_not(tmp_path: Path) -> N
             job = await make_job(store)
             attempt = await begin(store, job)
             outcomes = await asyncio.gather(
-                store.attempts.finish(report(attempt.attempt_id, b"r"), 0, [b"r"]),
+                store.attempts.finish(
+                    "agent-1", report(attempt.attempt_id, zipped(b"r")), 0, [zipped(b"r")]
+                ),
                 store.attempts.advance(attempt.attempt_id, JobState.SUBMITTED, "test"),
                 return_exceptions=True,
             )

@@ -20,12 +20,12 @@ from storage import writer
 from storage.database import Database
 from storage.statuses import LatestStatuses
 from store import Store
-from tests.storage.test_store import begin, make_job, opened, run_job
+from tests.storage.test_store import begin, make_job, opened, run_job, zipped
 from wire.messages import Finished
 
 pytestmark = pytest.mark.quick
 
-RESULT = b"zip"
+RESULT = zipped(b"zip")
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ async def test_the_status_is_that_of_the_file_after_every_kind_of_change(
     completed = await make_job(store)
     attempt_id = await run_job(store, completed)
     report = Finished(attempt_id, JobState.COMPLETED, 0, "done well", len(RESULT), "0" * 64)
-    await store.attempts.finish(report, 0, [RESULT])
+    await store.attempts.finish("agent-1", report, 0, [RESULT])
     await agree(completed.id, JobState.COMPLETED)
 
     withdrawn = await make_job(store)

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -96,6 +97,11 @@ async def run_job(store: Store, job: JobIdentity) -> int:
     await store.attempts.advance(assignment.attempt_id, JobState.SUBMITTED, "test")
     await store.attempts.advance(assignment.attempt_id, JobState.RUNNING, "test")
     return assignment.attempt_id
+
+
+def zipped(content: bytes) -> bytes:
+    """Return the smallest archive that begins with ``content`` and has no members."""
+    return content + b"PK\5\6" + struct.pack("<4H2LH", 0, 0, 0, 0, 0, len(content), 0)
 
 
 def report(attempt_id: int, result: bytes, state: JobState = JobState.COMPLETED) -> Finished:
@@ -256,7 +262,9 @@ async def test_a_newer_file_a_foreign_file_and_a_damaged_file_are_refused(tmp_pa
 async def test_every_transition_is_written_to_the_history(store: Store) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
-    await store.attempts.finish(report(attempt_id, b"result"), 0, [b"result"])
+    await store.attempts.finish(
+        "agent-1", report(attempt_id, zipped(b"result")), 0, [zipped(b"result")]
+    )
     history = await store.history.of_job(job.id)
     assert [transition.after for transition in history] == [
         JobState.QUEUED,
@@ -282,7 +290,9 @@ async def test_a_transition_that_the_table_does_not_allow_changes_nothing(store:
     job = await make_job(store)
     assignment = await begin(store, job)
     with pytest.raises(IllegalTransition):
-        await store.attempts.finish(report(assignment.attempt_id, b"r"), 0, [b"r"])
+        await store.attempts.finish(
+            "agent-1", report(assignment.attempt_id, zipped(b"r")), 0, [zipped(b"r")]
+        )
     status = await store.jobs.status(job.id)
     assert status is not None
     assert status.state is JobState.PROCESSING
@@ -298,13 +308,13 @@ async def test_an_older_attempt_can_do_nothing(store: Store) -> None:
     for late in (
         store.attempts.advance(old, JobState.RUNNING, "late"),
         store.attempts.append_result(old, CHUNK_BYTES, [b"x"]),
-        store.attempts.finish(report(old, b"late"), 0, [b"late"]),
+        store.attempts.finish("agent-1", report(old, zipped(b"late")), 0, [zipped(b"late")]),
         store.attempts.requeue(old, Loss.AGENT_AWAY, "late", 3),
         store.attempts.reject(old, "late"),
     ):
         with pytest.raises(Superseded):
             await late
-    await store.attempts.finish(report(new, b"new"), 0, [b"new"])
+    await store.attempts.finish("agent-1", report(new, zipped(b"new")), 0, [zipped(b"new")])
     result = await store.blobs.result_of_job(job.id)
     assert result is not None
     assert await store.blobs.read(result.blob_id, 0, 3) == [b"new"]
@@ -314,7 +324,9 @@ async def test_a_repeated_finish_does_no_harm(store: Store) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
     for _ in range(2):
-        await store.attempts.finish(report(attempt_id, b"result"), 0, [b"result"])
+        await store.attempts.finish(
+            "agent-1", report(attempt_id, zipped(b"result")), 0, [zipped(b"result")]
+        )
     assert len(await store.history.of_job(job.id)) == 5
 
 
@@ -349,7 +361,7 @@ async def test_a_result_of_another_length_is_refused(store: Store) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
     with pytest.raises(ResultMismatch):
-        await store.attempts.finish(report(attempt_id, b"whole"), 0, [b"who"])
+        await store.attempts.finish("agent-1", report(attempt_id, b"whole"), 0, [b"who"])
     with pytest.raises(ResultMismatch):
         await store.attempts.append_result(attempt_id, CHUNK_BYTES, [b"gap"])
     assert await store.blobs.result_of_job(job.id) is None
@@ -358,12 +370,14 @@ async def test_a_result_of_another_length_is_refused(store: Store) -> None:
 
 async def test_a_small_result_comes_with_its_content(store: Store) -> None:
     small, large = await make_job(store), await make_job(store)
-    contents = {small.id: b"small", large.id: bytes(SMALL_BYTES + 1)}
+    contents = {small.id: zipped(b"small"), large.id: zipped(bytes(SMALL_BYTES))}
     for job in (small, large):
         content = contents[job.id]
-        await store.attempts.finish(report(await run_job(store, job), content), 0, [content])
+        await store.attempts.finish(
+            "agent-1", report(await run_job(store, job), content), 0, [content]
+        )
     results = [await store.blobs.result_of_job(job.id) for job in (small, large)]
-    assert [result.content for result in results if result] == [b"small", None]
+    assert [result.content for result in results if result] == [zipped(b"small"), None]
     assert await store.retention.clean_jobs_final_since(time.time() + 1) == 2
     assert await store.blobs.result_of_job(small.id) is None
 
@@ -386,7 +400,9 @@ async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: 
 async def test_retention_frees_the_bytes_and_shrinks_the_file(store: Store, path: Path) -> None:
     job = await make_job(store, bytes(8 * 1024 * 1024))
     attempt_id = await run_job(store, job)
-    await store.attempts.finish(report(attempt_id, b"result"), 0, [b"result"])
+    await store.attempts.finish(
+        "agent-1", report(attempt_id, zipped(b"result")), 0, [zipped(b"result")]
+    )
     kept = await make_job(store)
     await store._file._writer.outside_transaction(checkpoint)
     large = path.stat().st_size
@@ -405,8 +421,9 @@ async def test_a_download_that_runs_keeps_its_bytes_from_retention(
 ) -> None:
     job = await make_job(store)
     attempt_id = await run_job(store, job)
-    chunks = [bytes(CHUNK_BYTES), b"end"]
-    await store.attempts.finish(report(attempt_id, b"".join(chunks)), 0, chunks)
+    whole = zipped(bytes(CHUNK_BYTES) + b"end")
+    chunks = [whole[:CHUNK_BYTES], whole[CHUNK_BYTES:]]
+    await store.attempts.finish("agent-1", report(attempt_id, b"".join(chunks)), 0, chunks)
     result = await store.blobs.result_of_job(job.id)
     assert result is not None
     with store.blobs.pinned(result.blob_id):
@@ -532,7 +549,7 @@ async def _change_jobs(store: Store) -> None:
     await store.attempts.discard_result(attempt_id)
     output = OutputPiece(Stream.STDOUT, 0, b"printed")
     await store.output.append(attempt_id, NewOutput((output,), 1000))
-    await store.attempts.finish(report(attempt_id, b"r"), 0, [b"r"])
+    await store.attempts.finish("agent-1", report(attempt_id, zipped(b"r")), 0, [zipped(b"r")])
     await store.attempts.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 2)
     await store.attempts.requeue(await run_job(store, jobs[1]), Loss.REPORTED, "lost", 1)
     await store.attempts.reject((await begin(store, jobs[2])).attempt_id, "bad")
@@ -600,17 +617,21 @@ async def test_a_killed_job_takes_what_its_last_attempt_left_once_and_nothing_el
     assert expected is not None
     assert (expected.attempt_id, expected.state) == (current, JobState.KILLED)
     with pytest.raises(Superseded):
-        await store.attempts.finish(report(lost, b"late"), 0, [b"late"])
+        await store.attempts.finish("agent-1", report(lost, zipped(b"late")), 0, [zipped(b"late")])
     chunk = bytes(CHUNK_BYTES)
     await store.attempts.append_result(current, 0, [chunk])
     for _ in ("first", "repeated"):
-        await store.attempts.finish(report(current, chunk + b"left"), CHUNK_BYTES, [b"left"])
+        whole = zipped(chunk + b"left")
+        tail = [whole[CHUNK_BYTES:]]
+        await store.attempts.finish("agent-1", report(current, whole), CHUNK_BYTES, tail)
     assert await store.attempts.killed_without_result(current) is None
     with pytest.raises(Superseded):
         await store.attempts.append_result(current, 0, [chunk])
-    await store.attempts.finish(report(current, b"another"), 0, [b"another"])
+    await store.attempts.finish(
+        "agent-1", report(current, zipped(b"another")), 0, [zipped(b"another")]
+    )
     sizes = rows(path, "SELECT size FROM blob JOIN attempt ON blob.id = result_blob")
-    assert sizes == [(CHUNK_BYTES + 4,)]
+    assert sizes == [(CHUNK_BYTES + 4 + 22,)]
     assert rows(path, "SELECT state, message FROM job") == [("Killed", "Job terminated")]
     history = await store.history.of_job(job.id)
     assert [transition.after for transition in history][-2:] == [JobState.RUNNING, JobState.KILLED]
