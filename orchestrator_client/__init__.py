@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from orchestrator_client.records import JobFile as JobFile
     from orchestrator_client.records import JobInfo as JobInfo
     from orchestrator_client.records import JobState as JobState
-    from orchestrator_client.uploads import Submission as Submission
+    from orchestrator_client.submissions import Submission as Submission
 
 _MODULES = {
     **dict.fromkeys(("AsyncClient", "AsyncJob"), "asynchronous"),
@@ -65,7 +65,7 @@ _MODULES = {
     "Job": "jobs",
     "JobFilter": "operations",
     **dict.fromkeys(("BulkAnswer", "Event", "JobFile", "JobInfo", "JobState"), "records"),
-    "Submission": "uploads",
+    "Submission": "submissions",
 }
 
 __all__ = sorted(_MODULES)  # noqa: PLE0605 - strings, all of them

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator_client import downloads, job_output, operations, results, waiting
+from orchestrator_client import downloads, job_output, mapping, operations, results, waiting
 from orchestrator_client.address import parse_address
 from orchestrator_client.events import POSITION, follow_events
 from orchestrator_client.extraction import Extraction
@@ -18,7 +18,8 @@ from orchestrator_client.operations import JobFilter
 from orchestrator_client.records import BulkAnswer, Event, JobFile, JobInfo
 from orchestrator_client.retries import DEFAULT_PATIENCE_SECONDS, OnRetry, Sender
 from orchestrator_client.settings import DEFAULT_URL
-from orchestrator_client.uploads import FileLike, Progress, Submission
+from orchestrator_client.submissions import Submission, submit
+from orchestrator_client.uploads import FileLike, Progress
 
 
 class AsyncClient:
@@ -85,7 +86,7 @@ class AsyncClient:
     ) -> AsyncJob:
         """Upload a job that is described already."""
         user_id = self.user_id if submission.user_id is None else submission.user_id
-        job_id = await operations.submit(self._sender, submission, user_id, progress)
+        job_id = await submit(self._sender, submission, user_id, progress)
         return AsyncJob(self._sender, job_id)
 
     def job(self, job_id: int) -> AsyncJob:
@@ -118,7 +119,7 @@ class AsyncClient:
         self, submissions: Iterable[Submission], *, in_flight: int = 100
     ) -> AsyncGenerator[tuple[int, AsyncJob], None]:
         """Submit many jobs, at most ``in_flight`` of them not ended; yield them as they end."""
-        ended = waiting.run_all(self._sender, submissions, self.user_id, in_flight)
+        ended = mapping.run_all(self._sender, submissions, self.user_id, in_flight)
         async with aclosing(ended):
             async for index, info in ended:
                 yield index, AsyncJob(self._sender, info.id, info)

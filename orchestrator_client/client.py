@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator_client import operations, waiting
+from orchestrator_client import operations
 from orchestrator_client.address import parse_address
 from orchestrator_client.blocking import BlockingTransport
 from orchestrator_client.events import POSITION, follow_events
-from orchestrator_client.jobs import Job
 from orchestrator_client.lockstep import iterate, run
 from orchestrator_client.operations import JobFilter
 from orchestrator_client.records import BulkAnswer, Event, JobInfo
 from orchestrator_client.retries import DEFAULT_PATIENCE_SECONDS, OnRetry, Sender
 from orchestrator_client.settings import DEFAULT_URL
-from orchestrator_client.uploads import FileLike, Progress, Submission
+
+if TYPE_CHECKING:
+    from orchestrator_client.jobs import Job
+    from orchestrator_client.submissions import Submission
+    from orchestrator_client.uploads import FileLike, Progress
 
 
 class Client:
@@ -78,6 +81,8 @@ class Client:
         progress: Progress | None = None,
     ) -> Job:
         """Upload files, one of them named ``run.sh``, as a new job; see :class:`Submission`."""
+        from orchestrator_client.submissions import Submission
+
         submission = Submission(
             service, files, user_id, name, priority, timeout, tags or {},
             cpus, memory, gpus, parameters or {}, idempotency_key,
@@ -86,13 +91,15 @@ class Client:
 
     def submit_this(self, submission: Submission, progress: Progress | None = None) -> Job:
         """Upload a job that is described already."""
+        from orchestrator_client import submissions
+
         user_id = self.user_id if submission.user_id is None else submission.user_id
-        return Job(
-            self._sender, run(operations.submit(self._sender, submission, user_id, progress))
-        )
+        return self.job(run(submissions.submit(self._sender, submission, user_id, progress)))
 
     def job(self, job_id: int) -> Job:
         """Return a handle of a job, without asking whether there is one."""
+        from orchestrator_client.jobs import Job
+
         return Job(self._sender, job_id)
 
     def find(self, wanted: JobFilter | None = None, limit: int | None = None) -> Iterator[JobInfo]:
@@ -122,9 +129,11 @@ class Client:
 
         Gives (index, job): which of the submissions, and the job, whose ``info`` says how it ended.
         """
-        ended = waiting.run_all(self._sender, submissions, self.user_id, in_flight)
+        from orchestrator_client import jobs, mapping
+
+        ended = mapping.run_all(self._sender, submissions, self.user_id, in_flight)
         for index, info in iterate(ended):
-            yield index, Job(self._sender, info.id, info)
+            yield index, jobs.Job(self._sender, info.id, info)
 
     def wait_all(
         self, job_ids: Iterable[int], *, user_id: int | None = None, timeout: float | None = None
@@ -133,6 +142,8 @@ class Client:
 
         Ids without a job are left out. Raises :class:`WaitTimeout`.
         """
+        from orchestrator_client import waiting
+
         return iterate(waiting.wait_for_all(self._sender, job_ids, user_id, timeout))
 
     # --- the server

@@ -83,15 +83,15 @@ def _run_command(arguments: list[str]) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"orchestrator: there is no command {name!r}; see --help\n")
         return _USAGE
-    from orchestrator_client import failures  # noqa: PLC0415 - --help needs none of it
+    from orchestrator_client import failures
 
     return failures.told(lambda: _run_user_command(name, rest))
 
 
 def _run_user_command(name: str, arguments: list[str]) -> int:
-    from orchestrator_client.arguments import Parser  # noqa: PLC0415
-    from orchestrator_client.identifiers import UsageError  # noqa: PLC0415
-    from orchestrator_client.output import use_streams_safely  # noqa: PLC0415
+    from orchestrator_client.arguments import Parser
+    from orchestrator_client.identifiers import UsageError
+    from orchestrator_client.output import use_streams_safely
 
     use_streams_safely()
     command_line: list[str] | None = None
@@ -108,7 +108,7 @@ def _run_user_command(name: str, arguments: list[str]) -> int:
     run = getattr(module, name)
     if not COMMANDS[name].asks_server:
         return int(run(options))
-    from orchestrator_client.session import Session  # noqa: PLC0415
+    from orchestrator_client.session import Session
 
     session = Session(options, module.PATIENCE_SECONDS)
     try:

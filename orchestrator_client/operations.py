@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import uuid
+import os
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,14 +20,11 @@ from orchestrator_client.records import (
 )
 from orchestrator_client.retries import Sender
 from orchestrator_client.transport import Request
-from orchestrator_client.uploads import Form, Progress, Submission, sources_of
 
 _PAGE_JOBS = 1000
 _IDS_IN_A_REQUEST = 500  # with some 8 KB of a request line, the usual limit of servers
 # the end of a job's processes is waited for before the answer comes
 _TERMINATE_SECONDS = 120.0
-# the last byte is followed by a commit, which may wait for a slow disk
-_UPLOAD_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +62,11 @@ class JobFilter:
         return tuple(pairs)
 
 
+def new_key() -> str:
+    """Return an Idempotency-Key that no other request has."""
+    return os.urandom(16).hex()
+
+
 def _time_text(time: datetime | str) -> str:
     if isinstance(time, str):
         return time
@@ -75,34 +76,6 @@ def _time_text(time: datetime | str) -> str:
 
 
 # --- one job ----------------------------------------------------------------------
-
-
-async def submit(
-    sender: Sender, submission: Submission, user_id: int, progress: Progress | None = None
-) -> int:
-    """Upload a job and return its id; it is made once, however often the upload breaks."""
-    files = list(submission.files)
-    if submission.parameters:
-        files.append(("parameters.json", _json_text(submission.parameters)))
-    sources = await sender.transport.run(lambda: sources_of(files))
-    form = Form(_fields(submission, user_id), sources, progress)
-    headers = {"Idempotency-Key": submission.idempotency_key or uuid.uuid4().hex}
-    request = Request("POST", "/upload", (), headers, form, _UPLOAD_SECONDS)
-    return int((await sender.json(request))["id"])
-
-
-def _fields(submission: Submission, user_id: int) -> list[tuple[str, str]]:
-    fields = [("user_id", str(user_id)), ("service", submission.service)]
-    for name in ("name", "priority", "timeout", "cpus", "memory", "gpus"):
-        value = getattr(submission, name)
-        if value is not None:
-            fields.append((name, str(value)))
-    fields += [("tag", f"{key}:{value}") for key, value in submission.tags.items()]
-    return fields
-
-
-def _json_text(parameters: Mapping[str, object]) -> bytes:
-    return (json.dumps(dict(parameters), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 async def show(sender: Sender, job_id: int) -> JobInfo:
@@ -129,7 +102,7 @@ async def terminate(sender: Sender, job_id: int) -> None:
 
 async def rerun(sender: Sender, job_id: int, idempotency_key: str | None = None) -> int:
     """Submit a job once more and return the id of the new one."""
-    headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+    headers = {"Idempotency-Key": idempotency_key or new_key()}
     request = Request("POST", f"/jobs/{job_id}/rerun", headers=headers)
     return int((await sender.json(request))["id"])
 

@@ -89,8 +89,8 @@ Cell = str | tuple[str, str]
 
 def table_of(columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> Table:
     """Return a table for a terminal."""
-    from rich import box  # noqa: PLC0415 - only terminals need it
-    from rich.table import Table  # noqa: PLC0415
+    from rich import box
+    from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in columns:
@@ -105,7 +105,7 @@ def table_of(columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> Table
 
 
 def _text(cell: Cell) -> Text:
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
     text, style = cell if isinstance(cell, tuple) else (cell, "")
     return Text(printable(text), style, no_wrap=True, overflow="ellipsis")
@@ -113,7 +113,7 @@ def _text(cell: Cell) -> Text:
 
 def console(stream: IO[str] | None = None) -> Console:
     """Return a console of a stream, standard output by default."""
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     return Console(file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=False)
 

@@ -25,7 +25,7 @@ def transfers(*texts: str) -> Iterator[tuple[Advance, ...]]:
     if not is_terminal(sys.stderr):
         yield (_nothing,) * len(texts)
         return
-    from rich import progress  # noqa: PLC0415 - only terminals need it
+    from rich import progress
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),
@@ -49,7 +49,7 @@ def counting(text: str, total: int) -> Iterator[Advance]:
     if not is_terminal(sys.stderr):
         yield _nothing
         return
-    from rich import progress  # noqa: PLC0415
+    from rich import progress
 
     columns = (
         progress.SpinnerColumn(),

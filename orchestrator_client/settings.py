@@ -103,7 +103,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: {error}") from None
-    import tomllib  # noqa: PLC0415 - most users have no such file
+    import tomllib
 
     try:
         content = tomllib.loads(text)

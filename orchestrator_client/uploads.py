@@ -7,9 +7,8 @@ import os
 import stat
 import tempfile
 import unicodedata
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeAlias, cast
 
@@ -26,29 +25,6 @@ FileLike: TypeAlias = (
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the bytes that are done and the bytes in all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """All that is said of a job when it is submitted.
-
-    ``timeout`` is in seconds, ``memory`` in bytes or like ``8G``. ``parameters`` are uploaded as
-    ``parameters.json``. ``idempotency_key`` names the request, so that sending it again within 24
-    hours makes no second job; one is made up if it is None.
-    """
-
-    service: str
-    files: Sequence[FileLike]
-    user_id: int | None = None
-    name: str | None = None
-    priority: int | None = None
-    timeout: int | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-    cpus: float | None = None
-    memory: int | str | None = None
-    gpus: int | None = None
-    parameters: Mapping[str, object] = field(default_factory=dict)
-    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +218,7 @@ class Form:
         sources: Sequence[Source],
         progress: Progress | None = None,
     ) -> None:
-        self._boundary = uuid.uuid4().hex
+        self._boundary = os.urandom(16).hex()
         self._fields = b"".join(self._field(name, value) for name, value in fields)
         self._parts = [(self._head(source), source) for source in sources]
         self._end = f"--{self._boundary}--\r\n".encode()

@@ -1,19 +1,18 @@
-"""Wait for jobs to end: for one, for many, and for many that are submitted meanwhile."""
+"""Wait for jobs to end: for one, or for many over one connection."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-from orchestrator_client.errors import BadRequest, JobFailed, WaitTimeout
+from orchestrator_client.errors import JobFailed, WaitTimeout
 from orchestrator_client.events import POSITION, follow_events
-from orchestrator_client.operations import JobFilter, find, show, submit
+from orchestrator_client.operations import JobFilter, find, show
 from orchestrator_client.records import Event, JobInfo, JobState
 from orchestrator_client.retries import Sender, read_json
 from orchestrator_client.transport import ConnectionBroken, Request
-from orchestrator_client.uploads import Submission
 
 # proxies cut what is silent for a minute
 _WAIT_SECONDS = 50.0
@@ -82,7 +81,7 @@ async def wait_for_all(
                     if job.state.has_ended:
                         pending.discard(job.id)
                         yield await show(sender, job.id)
-            elif event.data.get("id") in pending and _tells_an_end(event):
+            elif event.data.get("id") in pending and tells_an_end(event):
                 pending.discard(event.data["id"])
                 yield await show(sender, event.data["id"])
             if is_looked_up and not pending:
@@ -90,54 +89,9 @@ async def wait_for_all(
     raise WaitTimeout(f"{len(pending)} jobs have not ended within {seconds:g} s; they go on")
 
 
-def _tells_an_end(event: Event) -> bool:
+def tells_an_end(event: Event) -> bool:
+    """Whether an event tells that a job has ended."""
     return event.kind == "job" and JobState(event.data["status"]).has_ended
-
-
-async def run_all(
-    sender: Sender, submissions: Iterable[Submission], user_id: int, in_flight: int
-) -> AsyncGenerator[tuple[int, JobInfo], None]:
-    """Submit jobs, at most ``in_flight`` at a time not ended; yield (index, job) as they end.
-
-    When the caller stops early, the jobs that were submitted go on.
-    """
-    waiting = enumerate(submissions)
-    pending: dict[int, int] = {}
-    query = (("user_id", str(user_id)),)
-    async with aclosing(follow_events(sender, query, None)) as events:
-        await _wait_for_position(events)
-        while await _fill(sender, waiting, pending, user_id, in_flight):
-            async for event in events:
-                if event.data.get("id") in pending and _tells_an_end(event):
-                    job_id = int(event.data["id"])
-                    yield pending.pop(job_id), await show(sender, job_id)
-                    break
-
-
-async def _wait_for_position(events: AsyncGenerator[object, None]) -> None:
-    """Let the stream begin, so that it tells of every job that is submitted from now on."""
-    async for _ in events:
-        return
-
-
-async def _fill(
-    sender: Sender,
-    waiting: Iterator[tuple[int, Submission]],
-    pending: dict[int, int],
-    user_id: int,
-    in_flight: int,
-) -> bool:
-    """Submit as many as may be in flight; returns False if none is and none is left."""
-    while len(pending) < in_flight:
-        following = next(waiting, None)
-        if following is None:
-            break
-        index, submission = following
-        owner = user_id if submission.user_id is None else submission.user_id
-        if owner != user_id:
-            raise BadRequest("the jobs of one map() must be of one user")
-        pending[await submit(sender, submission, user_id)] = index
-    return bool(pending)
 
 
 def check_success(job: JobInfo) -> JobInfo:

@@ -158,7 +158,7 @@ def _watch(session: Session, wanted: JobFilter, limit: int | None) -> int:
     """Show the list anew whenever something happens; ends with Ctrl-C."""
     if not is_terminal(sys.stdout):
         raise UsageError("--watch is for a terminal; 'orchestrator events' tells what happens")
-    from rich.live import Live  # noqa: PLC0415 - only terminals need it
+    from rich.live import Live
 
     screen = console()
     rows = max(1, screen.height - 3)

@@ -166,7 +166,7 @@ def open(session: Session, options: argparse.Namespace) -> int:
         (job_id,) = session.ids([options.id])
         address += f"#/jobs/{job_id}"
     if not options.print:
-        import webbrowser  # noqa: PLC0415 - slow to import, and seldom needed
+        import webbrowser
 
         if webbrowser.open(address):
             return 0

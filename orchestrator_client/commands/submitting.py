@@ -32,7 +32,8 @@ from orchestrator_client.output import print_json_line, printable, say, write_li
 from orchestrator_client.progress import counting, transfers
 from orchestrator_client.records import JobInfo
 from orchestrator_client.session import Session, for_people
-from orchestrator_client.uploads import FileLike, Submission
+from orchestrator_client.submissions import Submission
+from orchestrator_client.uploads import FileLike
 
 PATIENCE_SECONDS = 60.0
 _BATCH_TAG = "batch"
