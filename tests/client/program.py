@@ -8,6 +8,7 @@ import os
 import pty
 import signal
 import struct
+import subprocess
 import sys
 import termios
 from collections.abc import Mapping
@@ -79,6 +80,17 @@ class Program:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+        )
+
+    def popen(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command without a loop, for who waits for it by its process id."""
+        return subprocess.Popen(
+            (*_PROGRAM, *arguments),
+            cwd=self.directory,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
 
     async def ids(self, *arguments: str) -> list[int]:
