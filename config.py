@@ -16,12 +16,15 @@ import dataclasses
 import enum
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from jobs import Isolation, IsolationKind
 
 VERSION = "0.1.0"
 
@@ -111,6 +114,35 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in parts if part.strip())
 
 
+def _flag(value: object) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    flag = words.get(str(value).strip().lower())
+    if flag is None:
+        raise ValueError("must be true or false")
+    return flag
+
+
+def _paths(value: object) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("must be paths, separated by commas")
+    paths = tuple(part.strip() for part in parts if part.strip())
+    for path in paths:
+        if not os.path.isabs(path) or not path.isprintable():
+            raise ValueError(f"{path!r}: must be absolute paths")
+    return paths
+
+
+def _command(value: object) -> tuple[str, ...]:
+    try:
+        parts = shlex.split(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"is no command line: {error}") from None
+    if not isinstance(parts, list) or not all(isinstance(part, str) and part for part in parts):
+        raise ValueError("must be a command line, or a list of its words")
+    return tuple(parts)
+
+
 def _one_of(choices: type[enum.StrEnum]) -> Callable[[object], enum.StrEnum]:
     def parse(value: object) -> enum.StrEnum:
         try:
@@ -191,6 +223,32 @@ class ServiceLimits:
     timeout: int | None = _row(
         None, _integer(1, LONGEST_TIMEOUT), "seconds after which a job is ended"
     )
+    isolation: IsolationKind = _row(
+        IsolationKind.AUTO,
+        _one_of(IsolationKind),
+        "what keeps its jobs from what is not theirs: `auto` (the agent's choice), `none`,"
+        " `landlock`, `bubblewrap`, `podman` or `wrapper`; see docs/isolation.md",
+    )
+    network: bool = _row(True, _flag, "`false` takes the network away", shown="true")
+    readable: tuple[str, ...] = _row(
+        (), _paths, "paths that its jobs may read beyond what all may, separated by commas"
+    )
+    writable: tuple[str, ...] = _row((), _paths, "paths that its jobs may read and write")
+    image: str | None = _row(
+        None, _text, "the image of `podman`; it must be on the agent's machine"
+    )
+    wrapper: tuple[str, ...] = _row(
+        (),
+        _command,
+        "the command line that `wrapper` puts before `bash run.sh`, with `{directory}`, `{cpus}`,"
+        " `{memory}`, `{gpus}`",
+    )
+
+    def asked_isolation(self) -> Isolation:
+        """Return what its jobs may reach."""
+        return Isolation(
+            self.isolation, self.network, self.readable, self.writable, self.image, self.wrapper
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +326,30 @@ class Settings:
                 shown="number of cores",
             )
         },
+    )
+    isolation: IsolationKind = _row(
+        IsolationKind.AUTO,
+        _one_of(IsolationKind),
+        "what `auto` means for the embedded agent: `none`, `landlock`, `bubblewrap`, or `auto`:"
+        " Landlock where the kernel has it; also an option of `agent`",
+        option="--isolation",
+        reloadable=False,
+    )
+    job_user: str | None = _row(
+        None,
+        _text,
+        "the user, or the range of user ids (`60000-60999`, one for each job), that jobs of an"
+        " embedded agent that is root run as; also an option of `agent`",
+        option="--job-user",
+        reloadable=False,
+    )
+    allow_root_jobs: bool = _row(
+        False,
+        _flag,
+        "`true` accepts an isolation that was asked for by name although jobs run as root, against"
+        " which none holds; also an option of `agent`",
+        reloadable=False,
+        shown="false",
     )
     allowed_hosts: tuple[str, ...] = _row(
         (), _names, "further names under which the server may be addressed, separated by commas"
@@ -383,6 +465,9 @@ def load(
     for place, layer in layers:
         for name, value in layer.items():
             _apply(place, name, value, values, services)
+    for service, limits in services.items():
+        if problem := limits.asked_isolation().problem():
+            raise ConfigError(f"service {service}: {problem}")
     return Settings(**values, services=MappingProxyType(services))
 
 

@@ -1,4 +1,4 @@
-"""What a job is: its states and their transitions, its files, the resources it needs."""
+"""What a job is: its states and transitions, its files, what it needs and may reach."""
 
 from __future__ import annotations
 
@@ -167,3 +167,72 @@ def memory_text(size: int) -> str:
     while amount >= 1024 and unit < len(_UNITS) - 1:
         amount, unit = amount / 1024, unit + 1
     return f"{amount:.1f}".removesuffix(".0") + f" {_UNITS[unit]}B"
+
+
+# --- isolation --------------------------------------------------------------------
+
+
+class IsolationKind(enum.StrEnum):
+    """How jobs are kept from what is not theirs; ``auto`` is the agent's choice."""
+
+    AUTO = "auto"
+    NONE = "none"
+    LANDLOCK = "landlock"
+    BUBBLEWRAP = "bubblewrap"
+    PODMAN = "podman"
+    WRAPPER = "wrapper"
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What the jobs of a service may reach. Paths are those of the agent's machine.
+
+    ``network`` False takes the network away. ``readable`` and ``writable`` are granted beyond
+    what every job has. ``image`` is for podman, ``wrapper`` the start of a command line.
+    """
+
+    kind: IsolationKind = IsolationKind.AUTO
+    network: bool = True
+    readable: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    image: str | None = None
+    wrapper: tuple[str, ...] = ()
+
+    def is_default(self) -> bool:
+        """Whether nothing was asked for, so that every agent can give it."""
+        return self == DEFAULT_ISOLATION
+
+    def problem(self) -> str | None:
+        """Say why these settings contradict each other, or None if they do not."""
+        kind, none = self.kind, IsolationKind.NONE
+        if self.image and kind is not IsolationKind.PODMAN:
+            return f'image needs isolation = "podman", not "{kind}"'
+        if self.wrapper and kind is not IsolationKind.WRAPPER:
+            return f'wrapper needs isolation = "wrapper", not "{kind}"'
+        if kind is IsolationKind.PODMAN and not self.image:
+            return 'isolation = "podman" needs an image'
+        if kind is IsolationKind.WRAPPER and not self.wrapper:
+            return 'isolation = "wrapper" needs a wrapper'
+        if kind is none and (self.readable or self.writable):
+            return 'readable and writable mean nothing with isolation = "none"'
+        if kind in (none, IsolationKind.WRAPPER) and not self.network:
+            return f'network = false can\'t be given with isolation = "{kind}"'
+        if kind is IsolationKind.WRAPPER and (self.readable or self.writable):
+            return "readable and writable must be said in the wrapper itself"
+        return None
+
+
+DEFAULT_ISOLATION = Isolation()
+"""What jobs get of a service that says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class IsolationOffer:
+    """What one agent makes of one kind: whether it gives it, and in sentences what is amiss.
+
+    ``notes`` say why it is not given or, if it is, what stays within the reach of jobs.
+    """
+
+    kind: IsolationKind
+    is_given: bool
+    notes: tuple[str, ...] = ()

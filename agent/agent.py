@@ -56,6 +56,7 @@ class Agent:
         try:
             with unusable_refused(self._settings.workdir):
                 self._agent_id = identity(self._settings.workdir)
+            await self._executor.make_ready()
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(
                     self._executor.run(), name=f"{self._executor.name} executor"
@@ -117,6 +118,8 @@ class Agent:
                 messages.HeldAttempt(held.job_id, held.id, held.phase, held.directory.input_offset)
                 for held in self._held.values()
             ),
+            isolation=self._executor.isolation_offers(),
+            default_isolation=self._executor.default_isolation(),
         )
 
     def _reconcile(self, welcome: messages.Welcome) -> None:
@@ -143,6 +146,8 @@ class Agent:
                 self._snapshot_requests.withdraw(received.request_id)
             case messages.Stored() | messages.Kill() | messages.Drop():
                 self._take_order(received)
+            case messages.Services():
+                self._tasks.create_task(self._check(received), name="check services")
             case messages.Heartbeat():
                 pass
             case codec.UnknownMessage():
@@ -161,6 +166,23 @@ class Agent:
                 held.kill()
             case messages.Drop():
                 self._drop(order.attempt_id, order.reason)
+
+    async def _check(self, asked: messages.Services) -> None:
+        """Find out which services can't be offered, as their jobs can't be isolated as asked."""
+        problems: list[messages.ServiceProblem] = []
+        for service in asked.services:
+            reason = await asyncio.to_thread(self._executor.problem_with, service.isolation)
+            if reason is not None:
+                event(
+                    log,
+                    "service_not_offered",
+                    level=logging.WARNING,
+                    service=service.service,
+                    reason=reason,
+                )
+                problems.append(messages.ServiceProblem(service.service, reason))
+        names = tuple(service.service for service in asked.services)
+        self._channel.put(messages.ServicesChecked(names, tuple(problems)))
 
     def _take_frame(self, frame: Frame) -> None:
         attempt_id, stream = transfer_parts(frame.transfer)

@@ -19,14 +19,21 @@ import config
 import runtime
 from agent.agent import Agent
 from agent.executors.local import LocalExecutor
+from agent.isolation.choice import IsolationSettings, Isolator
+from agent.isolation.job_user import parsed as parsed_job_user
 from agent.job_environment import inherited_environment
 from agent.settings import AgentRefused, AgentSettings
 from config import ConfigError, LogFormat
+from jobs import IsolationKind
 from runtime import first_failure
 from telemetry import logs
 from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.agent")
+
+_DEFAULT_KINDS = (
+    *(IsolationKind.AUTO, IsolationKind.NONE, IsolationKind.LANDLOCK, IsolationKind.BUBBLEWRAP),
+)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -53,9 +60,60 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--log-format", choices=list(LogFormat), default=LogFormat.TEXT, help="default: text"
     )
+    _add_isolation_options(parser)
     parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=config.VERSION)
     return parser.parse_args(arguments)
+
+
+def _add_isolation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--isolation",
+        choices=[str(kind) for kind in _DEFAULT_KINDS],
+        default=IsolationKind.AUTO,
+        help="what keeps jobs from what is not theirs, for services that do not say (default:"
+        " landlock where the kernel has it, else none)",
+    )
+    parser.add_argument(
+        "--job-user",
+        metavar="NAME|FIRST-LAST",
+        help="for an agent that is root: the user that jobs run as, or a range of user ids of"
+        " which each job has its own",
+    )
+    parser.add_argument(
+        "--allow-root-jobs",
+        action="store_true",
+        help="offer services with an isolation although their jobs run as root, against which"
+        " none holds",
+    )
+    parser.add_argument(
+        "--hide",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="what no job may see, besides the work directory and the token; may be repeated",
+    )
+
+
+def _isolation_of(options: argparse.Namespace) -> IsolationSettings:
+    secrets = list(options.hide)
+    if options.token_file is not None and not str(options.token_file).startswith("/dev/"):
+        secrets.append(options.token_file)
+    users = None
+    if options.job_user is not None:
+        if os.geteuid() != 0:
+            raise ConfigError("--job-user: only an agent that is root can run jobs as others")
+        try:
+            users = parsed_job_user(options.job_user, options.slots)
+        except ValueError as error:
+            raise ConfigError(f"--job-user {error}") from None
+    return IsolationSettings(
+        default=IsolationKind(options.isolation),
+        users=users,
+        are_root_jobs_allowed=options.allow_root_jobs,
+        secrets=tuple(path.absolute() for path in secrets),
+    )
 
 
 def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSettings:
@@ -75,6 +133,7 @@ def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSetting
         services=services,
         workdir=(options.workdir or default_workdir(name, server)).absolute(),
         token=token,
+        isolation=_isolation_of(options),
     )
 
 
@@ -126,10 +185,7 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
     if options.embedded:
         loop.add_reader(sys.stdin.fileno(), stop.set)  # end of file: the server is gone
-    executor = LocalExecutor(
-        settings.workdir, inherited_environment(os.environ), preparing="agent.isolation.before_exec"
-    )
-    agent = Agent(settings, executor)
+    agent = Agent(settings, _local_executor(settings))
     serving = asyncio.create_task(agent.run(), name="agent")
     await _first_of(serving, stop.wait())
     if options.embedded:
@@ -141,6 +197,16 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await serving
     event(log, "agent_stopped", agent=settings.name)
+
+
+def _local_executor(settings: AgentSettings) -> LocalExecutor:
+    environment = inherited_environment(os.environ)
+    umask = -1
+    if settings.isolation.users is not None:
+        # job users pass through the work directory, where all else is the agent's alone
+        umask = os.umask(0o077)
+    isolator = Isolator(settings.workdir, settings.isolation, environment)
+    return LocalExecutor(settings.workdir, environment, isolator, umask)
 
 
 async def _first_of(

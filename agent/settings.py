@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.isolation.choice import IsolationSettings
+
 
 class AgentRefused(Exception):
     """The server does not want this agent, and trying again won't help."""
@@ -20,3 +22,4 @@ class AgentSettings:
     services: tuple[str, ...] | None
     workdir: Path
     token: str | None = field(default=None, repr=False)
+    isolation: IsolationSettings = field(default_factory=IsolationSettings)

@@ -212,6 +212,13 @@ async def _run_agent(url: str, settings: Settings, token: str) -> int:
     command = runtime.program("agent", "--embedded", "--server", url)
     command += ["--name", "local", "--slots", str(settings.slots)]
     command += ["--workdir", str(workdir), "--log-format", settings.log_format]
+    command += ["--isolation", settings.isolation]
+    if settings.job_user is not None:
+        command += ["--job-user", settings.job_user]
+    if settings.allow_root_jobs:
+        command += ["--allow-root-jobs"]
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        command += ["--hide", f"{settings.db_path}{suffix}"]
     environment = {
         name: value for name, value in os.environ.items() if name != config.AGENT_TOKEN_VARIABLE
     }

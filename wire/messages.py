@@ -9,7 +9,16 @@ import enum
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from jobs import DEFAULT_RESOURCES, FileSpec, JobState, Resources
+from jobs import (
+    DEFAULT_ISOLATION,
+    DEFAULT_RESOURCES,
+    FileSpec,
+    Isolation,
+    IsolationKind,
+    IsolationOffer,
+    JobState,
+    Resources,
+)
 
 PROTOCOL_VERSION = 2
 
@@ -72,6 +81,8 @@ class Hello:
     ``resources`` is all that the agent has, in use or free; what is free follows from what it
     holds. An agent that was told a number of slots and no number of cores has at least as many
     cores as slots. None, from an agent that does not know resources: a core for each slot.
+
+    ``isolation`` is what it makes of each kind, ``default_isolation`` what ``auto`` means there.
     """
 
     protocol: int
@@ -84,6 +95,8 @@ class Hello:
     attempts: tuple[HeldAttempt, ...]
     secret: str | None = None
     resources: Resources | None = None
+    isolation: tuple[IsolationOffer, ...] = ()
+    default_isolation: IsolationKind = IsolationKind.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +114,40 @@ class Welcome:
     heartbeat_seconds: float
     keep: tuple[KeptAttempt, ...]
     incarnation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceIsolation:
+    """What one service asks for."""
+
+    service: str
+    isolation: Isolation
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Server asks, after its :class:`Welcome` and whenever it changes: can you give this?
+
+    Services that ask for nothing special are not among them.
+    """
+
+    services: tuple[ServiceIsolation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceProblem:
+    """Why an agent can't offer one service, in a sentence."""
+
+    service: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServicesChecked:
+    """Agent's answer to :class:`Services`: what it can give but for the ``problems``."""
+
+    services: tuple[str, ...]
+    problems: tuple[ServiceProblem, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +193,7 @@ class Assign:
     output: OutputLimits
     files: tuple[FileSpec, ...]
     resources: Resources = DEFAULT_RESOURCES
+    isolation: Isolation = DEFAULT_ISOLATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +302,8 @@ class Acknowledge:
 Message: TypeAlias = (
     Hello
     | Welcome
+    | Services
+    | ServicesChecked
     | Refused
     | Heartbeat
     | Drain

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from agent.attempt_directory import AttemptDirectory
 from agent.outcomes import Exit
+from jobs import Isolation, IsolationKind, IsolationOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,26 @@ class Executor(ABC):
 
         May return at once. Called before the first attempt is taken up.
         """
+
+    async def make_ready(self) -> None:  # noqa: B027 many have nothing to find out
+        """Find out what this machine can do; comes before everything else.
+
+        Raises :class:`~agent.settings.AgentRefused` if it can't do what it was told to.
+        """
+
+    def isolation_offers(self) -> tuple[IsolationOffer, ...]:
+        """Return what is made of each kind of isolation."""
+        return ()
+
+    def default_isolation(self) -> IsolationKind:
+        """Return what ``auto`` means."""
+        return IsolationKind.NONE
+
+    def problem_with(self, isolation: Isolation) -> str | None:
+        """Say why jobs can't be isolated so; None if they can. May take seconds."""
+        if isolation.is_default() or isolation.kind is IsolationKind.NONE:
+            return None
+        return f"this agent can't isolate its jobs: it hands them on ({self.name})"
 
     def problem(self) -> str | None:
         """Say what keeps this executor from starting any job at all; None if nothing does."""

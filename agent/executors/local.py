@@ -18,9 +18,13 @@ from pathlib import Path
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution, Executor
 from agent.executors.records import exit_record, supervisor_errors
+from agent.isolation.base import PREPARING_MODULE, Allotment, CannotIsolate, Enclosure, Place
+from agent.isolation.choice import Isolator
 from agent.job_environment import DIRECTORY_VARIABLE
 from agent.outcomes import Exit, ExitKind, JobLost
+from agent.settings import AgentRefused
 from agent.supervision.launcher import Launcher, LaunchRequest, LifeLine
+from jobs import Isolation, IsolationKind, IsolationOffer
 
 _KILL_PAUSE_SECONDS = 0.01
 _START_TRIES = 3
@@ -31,20 +35,41 @@ class LocalExecutor(Executor):
 
     name = "local"
 
-    def __init__(self, workdir: Path, environment: Mapping[str, str], preparing: str) -> None:
-        """``environment`` is all that jobs inherit; ``preparing`` names the module for commands.
+    def __init__(
+        self, workdir: Path, environment: Mapping[str, str], isolator: Isolator, umask: int = -1
+    ) -> None:
+        """``environment`` is all that jobs inherit, with the ``umask``; -1 is the agent's own."""
+        self._launcher = Launcher(workdir, environment, PREPARING_MODULE, umask)
+        self._isolator = isolator
 
-        Its function ``prepare`` takes the ``preparation`` of a :class:`Command`.
-        """
-        self._launcher = Launcher(workdir, environment, preparing)
+    async def make_ready(self) -> None:
+        """Start the fork server, and try out how jobs can be isolated."""
+        self._launcher.warm_up()
+        try:
+            await asyncio.to_thread(self._isolator.try_out)
+        except CannotIsolate as error:
+            raise AgentRefused(str(error)) from None
+
+    def isolation_offers(self) -> tuple[IsolationOffer, ...]:
+        """Return what this machine makes of each kind of isolation."""
+        return self._isolator.offers()
+
+    def default_isolation(self) -> IsolationKind:
+        """Return what ``auto`` means on this machine."""
+        return self._isolator.default
+
+    def problem_with(self, isolation: Isolation) -> str | None:
+        """Say why jobs can't be isolated so; None if they can. May take seconds."""
+        return self._isolator.problem_with(isolation)
 
     async def run(self) -> None:
-        """Start the fork server."""
-        self._launcher.warm_up()
+        """Remove what containers of earlier processes left behind."""
+        await asyncio.to_thread(self._isolator.sweep)
 
     def execution(self, directory: AttemptDirectory) -> Execution:
         """Return the execution of an attempt on this machine."""
-        return LocalExecution(directory, self._launcher)
+        self._isolator.adopt(Place(directory.path))
+        return LocalExecution(directory, self._launcher, self._isolator)
 
     def close(self) -> None:
         """End the fork server and the supervisors that have no job."""
@@ -60,9 +85,11 @@ class _ProcessIdentity:
 class LocalExecution(Execution):
     """One attempt's process tree on this machine."""
 
-    def __init__(self, directory: AttemptDirectory, launcher: Launcher) -> None:
+    def __init__(self, directory: AttemptDirectory, launcher: Launcher, isolator: Isolator) -> None:
         self._directory = directory
         self._launcher = launcher
+        self._isolator = isolator
+        self._place = Place(directory.path)
         self._life_line: LifeLine | None = None
 
     def is_started(self) -> bool:
@@ -79,13 +106,16 @@ class LocalExecution(Execution):
         Of several supervisors of a directory only the first takes it.
         """
         self._directory.claim(LocalExecutor.name)
+        if self.is_started():
+            return
+        enclosure = self._enclosure(command)
         request = LaunchRequest(
             self._directory.path,
-            command.variables,
+            enclosure.variables,
             command.timeout_seconds,
             command.grace_seconds,
-            command.argv,
-            command.preparation,
+            enclosure.argv,
+            enclosure.preparation,
         )
         for _ in range(_START_TRIES):
             if self.is_started():
@@ -101,8 +131,28 @@ class LocalExecution(Execution):
         if not self.is_started():
             raise JobLost(f"the supervisor did not start: {self._errors()}")
 
+    def _enclosure(self, command: Command) -> Enclosure:
+        """Make the directory ready for the job, and say how it is started there."""
+        assign = self._directory.assign
+        needs = assign.resources
+        allotment = Allotment(needs.cpus, needs.memory or None)
+        try:
+            return self._isolator.enclose(
+                assign.isolation, self._place, command.argv, command.variables, allotment
+            )
+        except CannotIsolate as error:
+            raise JobLost(f"the job can't be isolated as its service asks: {error}") from None
+
     async def wait(self) -> Exit:
         """Wait until the job and all its processes are gone, and say how it ended."""
+        ended = await self._wait_for_processes()
+        if ended.kind is not ExitKind.EXITED:
+            await asyncio.to_thread(
+                self._isolator.clean_up, self._directory.assign.isolation, self._place
+            )
+        return ended
+
+    async def _wait_for_processes(self) -> Exit:
         self.check_adopted()
         if self._life_line is None:
             await _end_of(self._identity())
@@ -125,7 +175,8 @@ class LocalExecution(Execution):
         return Exit(ExitKind.KILLED)
 
     def forget(self) -> None:
-        """Do nothing: all that is left of a job lies in its directory."""
+        """Let another job have its user id."""
+        self._isolator.release(self._place)
 
     def _has_ended(self) -> bool:
         """Whether the supervisor said so; it may have another job by now."""

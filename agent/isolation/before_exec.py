@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agent.isolation import landlock, seccomp
+from agent.isolation import ruleset, seccomp
 from agent.isolation.system_calls import forbid_new_privileges, give_up_root
 
 
@@ -20,7 +20,7 @@ def prepare(steps: dict[str, Any]) -> None:
     """Take the steps that are named, in the order in which they must come.
 
     ``user``: ``[uid, gid, [groups]]`` to become. ``new_privileges``: False forbids them.
-    ``landlock``: the policy of :func:`landlock.restrict`, or None for its scopes alone.
+    ``landlock``: the policy of :func:`ruleset.restrict`, or None for its scopes alone.
     ``filter``: whether the filter of :mod:`seccomp` is installed. ``network``: False takes it
     away, as far as Landlock and the filter do.
     """
@@ -32,8 +32,8 @@ def prepare(steps: dict[str, Any]) -> None:
     if "landlock" in steps:
         policy = steps["landlock"]
         if policy is None:
-            landlock.restrict_scope()
+            ruleset.restrict_scope()
         else:
-            landlock.restrict(policy, without_network=not steps["network"])
+            ruleset.restrict(policy, without_network=not steps["network"])
     if steps.get("filter"):
         seccomp.restrict(without_network=not steps["network"])

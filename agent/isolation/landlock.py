@@ -1,189 +1,89 @@
-"""What a process may reach, given up by itself: Landlock.
+"""Landlock: a job gives up, before it runs, what it may not reach. No other file system, no root.
 
-A ruleset lists what stays allowed; there is no rule that forbids. So "all but these" is
-written as rules for everything beside them: a directory above something hidden has no rule of
-its own, but each of its other entries has. That also means that such a directory (``/``, say)
-can't be listed, and that what is made in it later can't be opened.
-
-Standard library only: the fork server loads this. Sources: landlock(7),
-Documentation/userspace-api/landlock.rst of Linux 6.18.
+What the kernel's version of Landlock lacks, and what no version has, is said by :func:`gaps`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import stat
-import struct
-from collections.abc import Iterable, Iterator
 
-from agent.isolation.system_calls import (
-    LANDLOCK_ADD_RULE,
-    LANDLOCK_CREATE_RULESET,
-    LANDLOCK_RESTRICT_SELF,
-    system_call,
+from agent.isolation import ruleset, seccomp
+from agent.isolation.base import Confinement, Enclosure
+from agent.isolation.reach import (
+    SHARED_MEMORY,
+    SOFTWARE,
+    Reach,
+    devices,
+    gpu_devices,
+    real_paths,
 )
 
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_MAKE_CHARACTER_DEVICE, _MAKE_BLOCK_DEVICE = 1 << 6, 1 << 11
-_REFER, _TRUNCATE, _IOCTL_DEVICE = 1 << 13, 1 << 14, 1 << 15
-
-_FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
-_READING = _EXECUTE | _READ_FILE | _READ_DIR
-_WRITING = (1 << 16) - 1 & ~(_MAKE_CHARACTER_DEVICE | _MAKE_BLOCK_DEVICE | _IOCTL_DEVICE)
-_DEVICE = _READ_FILE | _READ_DIR | _WRITE_FILE | _TRUNCATE | _IOCTL_DEVICE
-_SHARED_MEMORY = _WRITING & ~(_READ_DIR | _EXECUTE)
-_LOG = _READ_FILE | _WRITE_FILE | _TRUNCATE
-
-_BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
-_SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1 << 0, 1 << 1
-
-_CREATE_VERSION = 1 << 0
-_RULE_PATH_BENEATH = 1
-_RULESET = struct.Struct("=QQQ")
-_PATH_BENEATH = struct.Struct("=Qi")
-
-_FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-"""How many rights on files an ABI has; 16 from the fifth on."""
-
-REFER_ABI, TRUNCATE_ABI, NETWORK_ABI, IOCTL_ABI, SCOPE_ABI = 2, 3, 4, 5, 6
+_LACKING = (
+    (ruleset.REFER_ABI, "files can't be renamed from one directory to another"),
+    (ruleset.TRUNCATE_ABI, "files of the agent's user that are named can be truncated"),
+    (ruleset.IOCTL_ABI, "ioctl on devices is not restricted"),
+    (ruleset.SCOPE_ABI, "processes of the agent's user can be sent signals"),
+    (ruleset.SCOPE_ABI, "abstract sockets of other programs can be reached"),
+)
 
 
-def abi() -> int:
-    """Return the version of the kernel's Landlock interface, 0 if it has none or it is off."""
-    try:
-        size, flags = ctypes.c_size_t(0), ctypes.c_uint32(_CREATE_VERSION)
-        return system_call(LANDLOCK_CREATE_RULESET, None, size, flags)
-    except OSError:
-        return 0
+def problem() -> str | None:
+    """Say why this machine can't give it, or None if it can."""
+    if ruleset.abi() == 0:
+        return "the kernel has no Landlock, or it is turned off (security/landlock, lsm=)"
+    return None
 
 
-def restrict(policy: dict[str, list[str]], without_network: bool) -> None:
-    """Give up, in this thread and its children, what ``policy`` does not grant.
-
-    ``hidden``, ``homes``, ``software``: see :func:`everything_but`. ``readable`` and
-    ``writable`` are granted also inside of these, ``devices`` for reading, writing and ioctl,
-    ``logs`` are files that may be written, ``shared_memory`` directories in which files may be
-    made but not listed. Paths that are not there are ignored: there is nothing to reach.
-    Needs no_new_privs, or root. Raises :class:`OSError` if the kernel refuses.
-    """
-    version = abi()
-    handled = (1 << _FS_RIGHTS.get(version, 16)) - 1
-    network = _BIND_TCP | _CONNECT_TCP if without_network and version >= NETWORK_ABI else 0
-    ruleset = _new_ruleset(handled, network, version)
-    try:
-        hidden, homes = policy["hidden"], policy["homes"]
-        _allow(ruleset, everything_but(hidden, homes, policy["software"]), _READING & handled)
-        for name, rights in (
-            ("readable", _READING),
-            ("writable", _WRITING),
-            ("shared_memory", _SHARED_MEMORY),
-            ("devices", _DEVICE),
-            ("logs", _LOG),
-        ):
-            _allow(ruleset, _present(policy[name]), rights & handled)
-        _enforce(ruleset)
-    finally:
-        os.close(ruleset)
+def gaps() -> list[str]:
+    """Say what stays within reach although it should not."""
+    version = ruleset.abi()
+    found = [f"{text} (needs Landlock ABI {needed})" for needed, text in _LACKING]
+    found = [text for text, (needed, _) in zip(found, _LACKING, strict=True) if version < needed]
+    if not seccomp.is_supported():
+        found.append("no system call filter: kernel keyrings, limits of other processes")
+    found.append("modes and times of files that the job's user owns can be changed")
+    found.append(f"files in {SHARED_MEMORY} can be opened by those who know their names")
+    return found + [f"the socket {path} can be reached" for path in _open_sockets()]
 
 
-def restrict_scope() -> None:
-    """Give up signals to and abstract sockets of other processes, and nothing else.
-
-    Does nothing where the kernel's Landlock has no scopes.
-    """
-    version = abi()
-    if version < SCOPE_ABI:
-        return
-    ruleset = _new_ruleset(0, 0, version)
-    try:
-        _enforce(ruleset)
-    finally:
-        os.close(ruleset)
+def can_take_network() -> bool:
+    """Whether ``network = false`` holds: TCP by Landlock, the rest by the filter."""
+    return ruleset.abi() >= ruleset.NETWORK_ABI and seccomp.is_supported()
 
 
-def everything_but(
-    hidden: Iterable[str], homes: Iterable[str], software: Iterable[str]
-) -> Iterator[tuple[str, bool]]:
-    """Yield what together is the whole file system without what is ``hidden``.
-
-    Each is a path, and whether it is a directory. The directories ``homes`` are shown also
-    where they lie in something hidden. In them, entries whose names begin with a dot are left
-    out, as that is where secrets lie, except what ``software`` names (``.local/bin``, say). All
-    paths must be absolute and without links. Links are never yielded: what they lead to is
-    there on its own account, or is not.
-    """
-    concealed, dotted = frozenset(hidden), frozenset(homes)
-    above = _parents(concealed | dotted)
-    pending = list(_present(f"{home}/{name}" for home in dotted for name in software))
-    for home in dotted - concealed:
-        pending += _below(home, may_be_dotted=False)
-    pending.append(("/", True))
-    while pending:
-        path, is_directory = pending.pop()
-        if path in concealed or path in dotted:
-            continue
-        if path in above:
-            pending += _below(path, may_be_dotted=True)
-        else:
-            yield path, is_directory
-
-
-def _below(directory: str, may_be_dotted: bool) -> list[tuple[str, bool]]:
-    """Return the entries of a directory that are no links, and which are directories."""
-    prefix = directory.rstrip("/")
-    try:
-        with os.scandir(directory) as entries:
-            return [
-                (f"{prefix}/{entry.name}", entry.is_dir(follow_symlinks=False))
-                for entry in entries
-                if (may_be_dotted or not entry.name.startswith(".")) and not entry.is_symlink()
-            ]
-    except OSError:
-        return []  # who may not list it gets nothing of it
-
-
-def _present(paths: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    for path in paths:
-        try:
-            mode = os.lstat(path).st_mode
-        except OSError:
-            continue
-        if not stat.S_ISLNK(mode):
-            yield path, stat.S_ISDIR(mode)
-
-
-def _parents(paths: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    for path in paths:
-        above = path.rpartition("/")[0]
-        while above and above not in found:
-            found.add(above)
-            above = above.rpartition("/")[0]
-    return found | {"/"}
-
-
-def _new_ruleset(handled: int, network: int, version: int) -> int:
-    scopes = _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS if version >= SCOPE_ABI else 0
-    attributes = _RULESET.pack(handled, network, scopes)
-    return system_call(
-        LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
+def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
+    """Say how a job is started that is confined so."""
+    place, isolation = confinement.place, confinement.isolation
+    gpus = confinement.allotment.gpus
+    policy = {
+        "hidden": [*reach.secret, *reach.hidden],
+        "homes": list(reach.homes),
+        "software": list(SOFTWARE),
+        "readable": real_paths(isolation.readable),
+        "writable": [*real_paths(isolation.writable), str(place.job), str(place.temporary)],
+        "shared_memory": [SHARED_MEMORY],
+        "devices": [*devices(), *(gpu_devices() if gpus is None or gpus else [])],
+        "logs": [str(log) for log in place.logs],
+    }
+    user = confinement.user
+    return Enclosure(
+        argv=confinement.argv,
+        variables={**confinement.variables, "TMPDIR": str(place.temporary)},
+        preparation={
+            "user": None if user is None else [user.uid, user.gid, list(user.groups)],
+            "new_privileges": False,
+            "landlock": policy,
+            "filter": seccomp.is_supported(),
+            "network": isolation.network,
+        },
     )
 
 
-def _allow(ruleset: int, paths: Iterable[tuple[str, bool]], rights: int) -> None:
-    fd, kind, flags = ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH), ctypes.c_uint32(0)
-    for path, is_directory in paths:
-        allowed = rights if is_directory else rights & _FILE_RIGHTS
-        try:
-            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue  # gone meanwhile, or out of this user's reach anyway
-        try:
-            system_call(LANDLOCK_ADD_RULE, fd, kind, _PATH_BENEATH.pack(allowed, descriptor), flags)
-        finally:
-            os.close(descriptor)
-
-
-def _enforce(ruleset: int) -> None:
-    system_call(LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+def _open_sockets() -> list[str]:
+    """Return sockets through which a program of this user can have others act for it."""
+    runtime = f"/run/user/{os.geteuid()}"
+    known = (
+        *(f"{runtime}/systemd/private", f"{runtime}/bus", f"{runtime}/podman/podman.sock"),
+        *("/run/docker.sock", "/run/podman/podman.sock", "/run/containerd/containerd.sock"),
+    )
+    return [path for path in known if os.access(path, os.W_OK)]

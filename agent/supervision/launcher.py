@@ -150,14 +150,20 @@ class Launcher:
     """Has jobs run, and starts the fork server anew whenever it is found dead."""
 
     def __init__(
-        self, workdir: Path, environment: Mapping[str, str], preparing: str | None = None
+        self,
+        workdir: Path,
+        environment: Mapping[str, str],
+        preparing: str | None = None,
+        umask: int = -1,
     ) -> None:
         """``environment`` is all that jobs inherit; ``preparing`` the name of a module.
 
-        Its function ``prepare`` takes the ``preparation`` of a :class:`LaunchRequest`.
+        Its function ``prepare`` takes the ``preparation`` of a :class:`LaunchRequest`. Jobs get
+        the ``umask``; -1 is the agent's own.
         """
         self._workdir = workdir
         self._preparing = preparing
+        self._umask = umask
         self._environment = dict(environment)
         self._fork_server: _ForkServer | None = None
         self._idle: list[_Supervisor] = []
@@ -239,6 +245,7 @@ class Launcher:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(descriptor,),
+                umask=self._umask,
                 # Ctrl-C in a terminal is for the agent
                 start_new_session=True,
             )

@@ -1,0 +1,197 @@
+"""What a process may reach, given up by itself: Landlock.
+
+A ruleset lists what stays allowed; there is no rule that forbids. So "all but these" is
+written as rules for everything beside them: a directory above something hidden has no rule of
+its own, but each of its other entries has. That also means that such a directory (``/``, say)
+can't be listed, and that what is made in it later can't be opened.
+
+Standard library only: the fork server loads this. Sources: landlock(7),
+Documentation/userspace-api/landlock.rst of Linux 6.18.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+
+from agent.isolation.system_calls import (
+    LANDLOCK_ADD_RULE,
+    LANDLOCK_CREATE_RULESET,
+    LANDLOCK_RESTRICT_SELF,
+    system_call,
+)
+
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+_MAKE_CHARACTER_DEVICE, _MAKE_BLOCK_DEVICE = 1 << 6, 1 << 11
+_REFER, _TRUNCATE, _IOCTL_DEVICE = 1 << 13, 1 << 14, 1 << 15
+
+_FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
+_READING = _EXECUTE | _READ_FILE | _READ_DIR
+_WRITING = (1 << 16) - 1 & ~(_MAKE_CHARACTER_DEVICE | _MAKE_BLOCK_DEVICE | _IOCTL_DEVICE)
+_DEVICE = _READ_FILE | _READ_DIR | _WRITE_FILE | _TRUNCATE | _IOCTL_DEVICE
+_SHARED_MEMORY = _WRITING & ~(_READ_DIR | _EXECUTE)
+_LOG = _READ_FILE | _WRITE_FILE | _TRUNCATE
+
+_BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
+_SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1 << 0, 1 << 1
+
+_CREATE_VERSION = 1 << 0
+_RULE_PATH_BENEATH = 1
+_RULESET = struct.Struct("=QQQ")
+_PATH_BENEATH = struct.Struct("=Qi")
+
+_FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
+"""How many rights on files an ABI has; 16 from the fifth on."""
+
+REFER_ABI, TRUNCATE_ABI, NETWORK_ABI, IOCTL_ABI, SCOPE_ABI = 2, 3, 4, 5, 6
+
+
+def abi() -> int:
+    """Return the version of the kernel's Landlock interface, 0 if it has none or it is off."""
+    try:
+        size, flags = ctypes.c_size_t(0), ctypes.c_uint32(_CREATE_VERSION)
+        return system_call(LANDLOCK_CREATE_RULESET, None, size, flags)
+    except OSError:
+        return 0
+
+
+def restrict(policy: dict[str, list[str]], without_network: bool) -> None:
+    """Give up, in this thread and its children, what ``policy`` does not grant.
+
+    ``hidden``, ``homes``, ``software``: see :func:`everything_but`. ``readable`` and
+    ``writable`` are granted also inside of these, ``devices`` for reading, writing and ioctl,
+    ``logs`` are files that may be written, ``shared_memory`` directories in which files may be
+    made but not listed. Paths that are not there are ignored: there is nothing to reach.
+    Needs no_new_privs, or root. Raises :class:`OSError` if the kernel refuses.
+    """
+    version = abi()
+    handled = (1 << _FS_RIGHTS.get(version, 16)) - 1
+    network = _BIND_TCP | _CONNECT_TCP if without_network and version >= NETWORK_ABI else 0
+    ruleset = _new_ruleset(handled, network, version)
+    try:
+        hidden, homes = policy["hidden"], policy["homes"]
+        _allow(ruleset, everything_but(hidden, homes, policy["software"]), _READING & handled)
+        for name, rights in (
+            ("readable", _READING),
+            ("writable", _WRITING),
+            ("shared_memory", _SHARED_MEMORY),
+            ("devices", _DEVICE),
+            ("logs", _LOG),
+        ):
+            _allow(ruleset, _present(policy[name]), rights & handled)
+        _enforce(ruleset)
+    finally:
+        os.close(ruleset)
+
+
+def restrict_scope() -> None:
+    """Give up signals to and abstract sockets of other processes, and nothing else.
+
+    Does nothing where the kernel's Landlock has no scopes.
+    """
+    version = abi()
+    if version < SCOPE_ABI:
+        return
+    ruleset = _new_ruleset(0, 0, version)
+    try:
+        _enforce(ruleset)
+    finally:
+        os.close(ruleset)
+
+
+def everything_but(
+    hidden: Iterable[str], homes: Iterable[str], software: Iterable[str]
+) -> Iterator[tuple[str, int]]:
+    """Yield what together is the whole file system without what is ``hidden``.
+
+    Each is a path and its type (``stat.S_IFDIR``, ``S_IFLNK``, or ``S_IFREG`` for the rest). The
+    directories ``homes`` are shown also where they lie in something hidden. In them, entries
+    whose names begin with a dot are left out, as that is where secrets lie, except what
+    ``software`` names (``.local/bin``, say). All paths must be absolute and without links. What
+    a link leads to is there on its own account, or is not.
+    """
+    concealed, dotted = frozenset(hidden), frozenset(homes)
+    above = _parents(concealed | dotted)
+    pending = list(_present(f"{home}/{name}" for home in dotted for name in software))
+    for home in dotted - concealed:
+        pending += _below(home, may_be_dotted=False)
+    pending.append(("/", stat.S_IFDIR))
+    while pending:
+        path, kind = pending.pop()
+        if path in concealed or path in dotted:
+            continue
+        if path in above and kind == stat.S_IFDIR:
+            pending += _below(path, may_be_dotted=True)
+        else:
+            yield path, kind
+
+
+def _below(directory: str, may_be_dotted: bool) -> list[tuple[str, int]]:
+    """Return the entries of a directory, and their types."""
+    prefix = directory.rstrip("/")
+    try:
+        with os.scandir(directory) as entries:
+            return [
+                (f"{prefix}/{entry.name}", _type_of(entry))
+                for entry in entries
+                if may_be_dotted or not entry.name.startswith(".")
+            ]
+    except OSError:
+        return []  # who may not list it gets nothing of it
+
+
+def _type_of(entry: os.DirEntry[str]) -> int:
+    if entry.is_symlink():
+        return stat.S_IFLNK
+    return stat.S_IFDIR if entry.is_dir(follow_symlinks=False) else stat.S_IFREG
+
+
+def _present(paths: Iterable[str]) -> Iterator[tuple[str, int]]:
+    for path in paths:
+        try:
+            mode = os.lstat(path).st_mode
+        except OSError:
+            continue
+        yield path, stat.S_IFMT(mode)
+
+
+def _parents(paths: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for path in paths:
+        above = path.rpartition("/")[0]
+        while above and above not in found:
+            found.add(above)
+            above = above.rpartition("/")[0]
+    return found | {"/"}
+
+
+def _new_ruleset(handled: int, network: int, version: int) -> int:
+    scopes = _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS if version >= SCOPE_ABI else 0
+    attributes = _RULESET.pack(handled, network, scopes)
+    return system_call(
+        LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
+    )
+
+
+def _allow(ruleset: int, paths: Iterable[tuple[str, int]], rights: int) -> None:
+    fd, kind, flags = ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH), ctypes.c_uint32(0)
+    for path, type_ in paths:
+        if type_ == stat.S_IFLNK:
+            continue
+        allowed = rights if type_ == stat.S_IFDIR else rights & _FILE_RIGHTS
+        try:
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone meanwhile, or out of this user's reach anyway
+        try:
+            rule = _PATH_BENEATH.pack(allowed, descriptor)
+            system_call(LANDLOCK_ADD_RULE, fd, kind, rule, flags)
+        finally:
+            os.close(descriptor)
+
+
+def _enforce(ruleset: int) -> None:
+    system_call(LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
