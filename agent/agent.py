@@ -93,7 +93,6 @@ class Agent:
     async def _converse(self, connection: Connection) -> None:
         welcome = await connection.greet(self._hello())
         event(log, "connected", agent=self._settings.name, server_version=welcome.version)
-        self._pause.reset()
         self._channel.outbox = connection.outbox
         self._snapshot_requests = SnapshotRequests(self._snapshots, connection.outbox, self._tasks)
         self._reconcile(welcome)
@@ -161,6 +160,7 @@ class Agent:
             return
         match order:
             case messages.Stored():
+                self._pause.reset()  # a result was delivered: this connection is worth having
                 held.release()
             case messages.Kill():
                 held.kill()

@@ -144,14 +144,33 @@ class Attempt:
             self._failure = messages.Lost(self.id, str(error))
         except OSError as error:
             self._log_failure("attempt_failed", error)
-            self._failure = messages.Lost(self.id, f"{error.strerror}: {error.filename}")
+            self._failure = messages.Lost(self.id, _reason(error))
         except Exception as error:  # noqa: BLE001 a defect here must not end the other jobs
             self._log_failure("attempt_failed", error)
             self._failure = messages.Lost(self.id, f"defect in the agent: {error!r}")
         if self._failure is not None:
-            self._channel.put(self._failure)
+            self._give_up(self._failure)
             await self._released.wait()  # in vain: the server answers with a drop, which cancels
         await self._remove()
+
+    def _give_up(self, failure: messages.Rejected | messages.Lost) -> None:
+        """Say that it can't go on; the server answers with a drop."""
+        self._failure = failure
+        name = "attempt_lost" if isinstance(failure, messages.Lost) else "attempt_rejected"
+        event(
+            log,
+            name,
+            level=logging.WARNING,
+            job=self.job_id,
+            attempt=self.id,
+            reason=failure.reason,
+        )
+        self._channel.put(failure)
+
+    def _lose_result(self, error: Exception) -> None:
+        """The result can't be read, or only a part of it: all other attempts go on."""
+        self._close_transfers()
+        self._give_up(messages.Lost(self.id, f"the result can't be read: {_reason(error)}"))
 
     async def _discard(self, before: asyncio.Task[None]) -> None:
         """Kill what runs of it and remove it."""
@@ -256,7 +275,8 @@ class Attempt:
         outbox.put(self._finished)
         if offset < self._finished.result_size:
             transfer = transfer_id(self.id, Stream.RESULT)
-            outbox.open(transfer, self._result.read, offset, self._finished.result_size)
+            size = self._finished.result_size
+            outbox.open(transfer, self._result.read, offset, size, self._lose_result)
 
     def _close_transfers(self) -> None:
         self._follower.close()
@@ -280,6 +300,13 @@ class Attempt:
             attempt=self.id,
             error=str(error),
         )
+
+
+def _reason(error: Exception) -> str:
+    """Return what to tell the server of an error."""
+    if isinstance(error, OSError):
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
 
 
 def phase_of(directory: AttemptDirectory, execution: Execution) -> AttemptPhase:

@@ -25,6 +25,7 @@ _LAST_RETRY_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
 _SILENT_HEARTBEATS = 2.5
 _STOP_SECONDS = 5.0
+_STEADY_SECONDS = 30.0
 
 Received: TypeAlias = messages.Message | codec.UnknownMessage | Frame
 
@@ -34,7 +35,11 @@ class ConnectionEnded(Exception):
 
 
 class RetryPause:
-    """How long to wait before the next attempt to connect; longer each time."""
+    """How long to wait before the next attempt to connect; longer each time.
+
+    A connection that ends again and again, whatever the reason, must not become a storm: only
+    one that has brought something begins with short pauses again.
+    """
 
     def __init__(self) -> None:
         self._seconds = _FIRST_RETRY_SECONDS
@@ -120,6 +125,7 @@ async def stay_connected(
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         while True:
+            began = asyncio.get_running_loop().time()
             try:
                 async with await _open(session, settings) as socket:
                     await converse(Connection(socket))
@@ -129,6 +135,8 @@ async def stay_connected(
                 event(log, "server_error", level=logging.WARNING, error=str(error))
             if _is_cancelled():
                 raise asyncio.CancelledError
+            if asyncio.get_running_loop().time() - began > _STEADY_SECONDS:
+                pause.reset()
             await pause.wait()
 
 

@@ -162,14 +162,20 @@ class Result:
         return message
 
     async def read(self, offset: int) -> bytes:
-        """Return some chunks of the archive."""
+        """Return some chunks of the archive, at least one byte.
+
+        Raises :class:`OSError`, or :class:`JobLost` if there is less than was reported.
+        """
         if self._in_memory is not None:
             return self._in_memory[offset:]
         return await asyncio.to_thread(self._read_archive, offset)
 
     def _read_archive(self, offset: int) -> bytes:
         with open(self._path / "result.zip", "rb") as archive:
-            return os.pread(archive.fileno(), READ_BYTES, offset)
+            data = os.pread(archive.fileno(), READ_BYTES, offset)
+        if not data:
+            raise JobLost(f"it ends after less than {offset + 1} bytes")
+        return data
 
 
 def _outcome(ended: Exit, assign: Assign) -> tuple[JobState, str]:

@@ -129,9 +129,10 @@ class SnapshotRequests:
 
                 size = path.stat().st_size
                 self._outbox.put(messages.SnapshotReady(request_id, size))
-                self._outbox.open(transfer, source, 0, size)
-                await asyncio.Event().wait()
-        except SnapshotImpossible as error:
+                failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._outbox.open(transfer, source, 0, size, failed.set_exception)
+                await failed
+        except (SnapshotImpossible, OSError) as error:
             self._outbox.put(messages.SnapshotRefused(request_id, str(error)))
         finally:
             self._outbox.close(transfer)

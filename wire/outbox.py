@@ -81,6 +81,7 @@ class _Sending:
     end: int
     gap: range = NO_GAP
     on_sent: Callable[[], None] | None = None
+    on_failure: Callable[[Exception], None] | None = None
     piece: memoryview = _NOTHING
     piece_start: int = 0
 
@@ -118,9 +119,20 @@ class Outbox:
         self._messages.append(codec.encode(message))
         self._wake.set()
 
-    def open(self, transfer: int, source: Source, offset: int, end: int) -> None:
-        """Begin to send a transfer, from ``offset`` (what is before is there) to ``end``."""
-        self._sending[transfer] = _Sending(source, offset, offset, end)
+    def open(
+        self,
+        transfer: int,
+        source: Source,
+        offset: int,
+        end: int,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Begin to send a transfer, from ``offset`` (what is before is there) to ``end``.
+
+        ``on_failure`` is called with what the source raises; the transfer is closed before, and
+        everything else goes on. Without it the failure ends :meth:`run`.
+        """
+        self._sending[transfer] = _Sending(source, offset, offset, end, on_failure=on_failure)
         self._mark_ready(transfer)
 
     def extend(
@@ -168,7 +180,7 @@ class Outbox:
         self._ready.pop(transfer, None)
 
     async def run(self, socket: Socket) -> None:
-        """Send for as long as the connection lives; raises what the socket or a source raises."""
+        """Send for as long as the connection lives; raises what the socket raises."""
         cork = _Cork(socket)
         while True:
             if self._ready:  # a frame goes with the messages before and after it
@@ -192,13 +204,25 @@ class Outbox:
             self._ready[transfer] = None
             self._wake.set()
 
+    async def _read(self, transfer: int, sending: _Sending, offset: int) -> memoryview:
+        """Return what goes into the next frame; a source that fails ends its transfer alone."""
+        try:
+            return await sending.frame_at(offset)
+        except Exception as error:
+            if sending.on_failure is None:
+                raise
+            if self._sending.get(transfer) is sending:
+                self.close(transfer)
+                sending.on_failure(error)
+            return _NOTHING
+
     async def _send_one_frame(self, socket: Socket) -> None:
         transfer, _ = self._ready.popitem(last=False)
         sending = self._sending[transfer]
         if not sending.may_send():
             return  # it was marked as ready while its last frame, or the window's, was read
         offset = sending.next_offset()
-        data = await sending.frame_at(offset)
+        data = await self._read(transfer, sending, offset)
         if self._sending.get(transfer) is not sending:
             return  # closed or replaced while its source was read
         if not data:

@@ -184,3 +184,25 @@ async def test_nothing_is_kept_back_while_a_source_is_waited_for() -> None:
     outbox.open(17, slow, 0, 5)
     await _run_until_idle(outbox, socket)
     assert socket.pieces == [1]
+
+
+class BrokenSource(Exception):
+    """The bytes can't be read."""
+
+
+async def test_a_source_that_fails_ends_its_transfer_and_nothing_else() -> None:
+    outbox, socket, failures = Outbox(), RecordingSocket(), list[Exception]()
+
+    async def broken(offset: int) -> bytes:
+        if offset:
+            raise BrokenSource
+        return bytes(CHUNK_BYTES)
+
+    outbox.open(8, broken, 0, 3 * CHUNK_BYTES, failures.append)
+    outbox.open(16, _zeros, 0, 3 * CHUNK_BYTES)
+    await _run_until_idle(outbox, socket)
+    assert [frame.transfer for frame in socket.frames()] == [8, 16, 16, 16]
+    assert [type(failure) for failure in failures] == [BrokenSource]
+    outbox.acknowledge(8, CHUNK_BYTES)
+    await _run_until_idle(outbox, socket)
+    assert len(socket.frames()) == 4

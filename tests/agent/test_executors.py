@@ -1,0 +1,103 @@
+"""What stands behind the seam of executors may die with its agent at any step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import AgentProcess, Server, curl, eventually, lines, running_server
+
+_ENDED = {
+    "run": 1,
+    "execution": 2,
+    "check": 2,
+    "before the claim": 1,
+    "after the claim": 1,
+    "while it starts": 1,
+    "after the start": 1,
+    "before the wait": 1,
+    "after the wait": 1,
+    "forget": 1,
+}
+"""The steps, and how many attempts there are: one that left no trace is made again."""
+
+_KILLED = ["before the kill", "after the mark", "after the kill", "forget"]
+
+
+@pytest.fixture
+async def patient_server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server that gives an agent all the time it needs to come back."""
+    environment = {"LEASE": "300", "KILL_GRACE": "60"}
+    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
+        yield server
+
+
+def crashing_agent(server: Server) -> AgentProcess:
+    agent = AgentProcess(server, "mortal")
+    agent.through = (str(Path(__file__).with_name("crashing_executor.py")),)
+    return agent
+
+
+async def crash(agent: AgentProcess) -> None:
+    """Wait until the agent has killed itself, and start it again."""
+    assert agent.process is not None
+    assert await agent.process.wait() == -signal.SIGKILL, agent.log()
+    await agent.start()
+
+
+@pytest.mark.parametrize(("step", "attempts"), _ENDED.items(), ids=_ENDED)
+async def test_an_agent_that_dies_at_a_step_starts_the_job_once_and_loses_nothing(
+    patient_server: Server, tmp_path: Path, step: str, attempts: int
+) -> None:
+    witness = tmp_path / "witness"
+    agent = crashing_agent(patient_server)
+    job_id = await patient_server.upload(f"echo runs >> {witness}; echo output; echo kept > file")
+    await agent.start(environment={"CRASH_AT": step})
+    await crash(agent)
+    archive = await patient_server.result(job_id)
+    assert (archive.read("file"), archive.read("stdout.log")) == (b"kept\n", b"output\n")
+    assert lines(witness) == ["runs"]
+    assert patient_server.query("SELECT count(*) FROM attempt") == [(attempts,)]
+    held = agent.workdir / "attempts"
+    await eventually(lambda: not list(held.iterdir()), "the agent has tidied up")
+
+
+@pytest.mark.parametrize("step", _KILLED)
+async def test_an_agent_that_dies_while_it_kills_a_job_ends_it_after_its_return(
+    patient_server: Server, tmp_path: Path, step: str
+) -> None:
+    witness = tmp_path / "witness"
+    agent = crashing_agent(patient_server)
+    job_id = await patient_server.upload(f"echo early > file; echo runs >> {witness}; sleep 1000")
+    await agent.start(environment={"CRASH_AT": step})
+    await eventually(lambda: lines(witness) == ["runs"], "it runs")
+    await patient_server.wait(job_id, "Running")
+    await curl("-X", "POST", f"{patient_server.url}/terminate/{job_id}")
+    await crash(agent)
+    assert (await patient_server.wait(job_id))["status"] == "Killed"
+    # the server does not wait for an absent agent, but takes what it brings later
+    held = agent.workdir / "attempts"
+    await eventually(lambda: not list(held.iterdir()), "the agent has delivered and tidied up")
+    assert patient_server.stored_result(job_id).read("file") == b"early\n"
+    assert lines(witness) == ["runs"]
+    assert not [process for process in patient_server.processes() if process.name() == "sleep"]
+
+
+async def test_an_attempt_of_another_executor_is_reported_lost_and_not_started_again(
+    patient_server: Server, tmp_path: Path
+) -> None:
+    witness = tmp_path / "witness"
+    agent = crashing_agent(patient_server)
+    job_id = await patient_server.upload(f"echo runs >> {witness}; sleep 1000")
+    await agent.start(environment={"CRASH_AT": "after the claim"})
+    assert agent.process is not None
+    assert await agent.process.wait() == -signal.SIGKILL
+    agent.through = ()
+    await agent.start()
+    await eventually(lambda: "no longer uses" in agent.log(), "it is reported lost")
+    await eventually(lambda: lines(witness) == ["runs"], "a second attempt runs it")
+    assert patient_server.query("SELECT count(*) FROM attempt") == [(2,)]
+    assert await patient_server.wait(job_id, "Running")
