@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 RUN_SCRIPT = "run.sh"
@@ -65,36 +66,90 @@ def has_ended(state: JobState) -> bool:
 
 # --- file names -------------------------------------------------------------------
 
+MAX_PATH_BYTES = 4096
+MAX_PATHS_BYTES = 4 * 1024 * 1024
+"""How long all names of a job may be together: the list must fit into one message to the agent."""
+
 _MAX_NAME_BYTES = 255
+_MAX_DEPTH = 64
+_MAX_DIRECTORIES = 10_000
 
 
 def file_name_problem(name: str) -> str | None:
     """Say why ``name`` may not be the name of an uploaded file, or None if it may.
 
-    A job's input is one flat directory, so a name is one path component: not empty,
-    not ``.`` or ``..``, without separators, control characters or lone surrogates,
-    and at most 255 bytes in UTF-8 (NAME_MAX of the usual file systems).
+    A name is a relative path below the job's directory: segments of at most 255 bytes in UTF-8
+    (NAME_MAX of the usual file systems), none of them empty, ``.`` or ``..``, without
+    backslashes, control characters or lone surrogates, and at most 4,096 bytes in all.
     """
     if not name:
         return "is empty"
-    if name in (".", ".."):
-        return "is a directory"
-    if "/" in name or "\\" in name:
-        return "contains a path separator"
     if any(ord(character) < 32 or ord(character) == 127 for character in name):
         return "contains a control character"
+    if "\\" in name:
+        return "contains a backslash; directories are separated by /"
+    if name.startswith("/"):
+        return "is not relative"
     try:
-        encoded = name.encode("utf-8")
+        segments = name.encode("utf-8").split(b"/")
     except UnicodeEncodeError:
         return "is not valid UTF-8"
-    if len(encoded) > _MAX_NAME_BYTES:
-        return f"is longer than {_MAX_NAME_BYTES} bytes"
+    if any(segment in (b".", b"..") for segment in segments):
+        return "has . or .. as a directory"
+    if not all(segments):
+        return "names no file, or a directory without a name"
+    if any(len(segment) > _MAX_NAME_BYTES for segment in segments):
+        return f"is longer than {_MAX_NAME_BYTES} bytes between two /"
+    if len(segments) > _MAX_DEPTH:
+        return f"lies more than {_MAX_DEPTH - 1} directories deep"
+    if len(name.encode("utf-8")) > MAX_PATH_BYTES:
+        return f"is longer than {MAX_PATH_BYTES} bytes"
     return None
+
+
+def file_names_problem(names: Collection[str]) -> str | None:
+    """Say why names, each good by itself, can't be those of the files of one job; None if they can.
+
+    No file may also be a directory, no two may differ in their Unicode normalisation only (some
+    file systems take them for one), and there are bounds on bytes and directories of all.
+    """
+    if sum(len(name.encode("utf-8")) for name in names) > MAX_PATHS_BYTES:
+        return f"the names of all files are longer than {MAX_PATHS_BYTES} bytes together"
+    before: list[str] = []
+    directories = 0
+    # in this order a file comes right before what lies below it, and twins are neighbours
+    for segments in sorted(unicodedata.normalize("NFC", name).split("/") for name in names):
+        if segments == before:
+            return f"the name {'/'.join(segments)!r:.200} is given more than once"
+        if segments[: len(before)] == before and before:
+            return f"the name {'/'.join(before)!r:.200} is a file and a directory"
+        directories += len(segments) - 1 - _shared(before[:-1], segments[:-1])
+        before = segments
+    if directories > _MAX_DIRECTORIES:
+        return f"there are more than {_MAX_DIRECTORIES} directories; send an archive"
+    return None
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many segments two paths have in common from the start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def directories_of(names: Iterable[str]) -> list[str]:
+    """Return the directories that these files need, parents first."""
+    needed: set[str] = set()
+    for name in names:
+        parent = name.rpartition("/")[0]
+        while parent and parent not in needed:
+            needed.add(parent)
+            parent = parent.rpartition("/")[0]
+    return sorted(needed)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSpec:
-    """One input file of a job: plain name, length in bytes, SHA-256 in hex."""
+    """One input file of a job: relative path, length in bytes, SHA-256 in hex."""
 
     name: str
     size: int

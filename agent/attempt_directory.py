@@ -33,7 +33,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import jobs
-from agent import trees
+from agent import input_files, trees
 from agent.captured_log import LOG_NAMES, CapturedLog
 from agent.outcomes import JobInvalid, JobLost
 from telemetry.logs import event
@@ -70,7 +70,8 @@ class AttemptDirectory:
         _check_names(self.assign)
         self._input_offset = 0
         self._whole.clear()
-        await _promptly(len(self.assign.files) * _LONGEST_FILE_ENTRY, self._make)
+        segments = sum(file.name.count("/") + 1 for file in self.assign.files)
+        await _promptly(segments * _LONGEST_FILE_ENTRY, self._make)
 
     def _make(self) -> None:
         try:
@@ -79,6 +80,7 @@ class AttemptDirectory:
             trees.remove_tree(self.path)
             self.path.mkdir(mode=0o700)
         (self.path / "job").mkdir()
+        input_files.make_directories(self.path / "job", (file.name for file in self.assign.files))
         # nothing to rename: half of it can't be read, and the directory then counts for nothing
         text = f"{_boot_id()}\n{codec.encode(self.assign)}"
         (self.path / _ATTEMPT).write_text(text, encoding="utf-8")
@@ -189,7 +191,7 @@ class AttemptDirectory:
             end = start + file.size
             while data and start <= self._input_offset < end:
                 part = data[: end - self._input_offset]
-                with open(self.path / "job" / file.name, "ab") as target:
+                with input_files.append_to(self.path / "job", file.name) as target:
                     target.write(part)
                 if len(part) == file.size:
                     self._whole[file.name] = hashlib.sha256(part).hexdigest()
@@ -205,20 +207,24 @@ class AttemptDirectory:
 
     def _accept_input(self) -> None:
         for file in self.assign.files:
-            path = self.path / "job" / file.name
             if file.size == 0:
-                path.touch()
-            if (self._whole.get(file.name) or sha256_of(path)) != file.sha256:
-                raise JobLost(f"the input file {file.name!r} arrived damaged")
+                input_files.append_to(self.path / "job", file.name).close()
+            if (self._whole.get(file.name) or self._sha256_of_input(file.name)) != file.sha256:
+                raise JobLost(f"the input file {file.name!r:.300} arrived damaged")
         # space for the exit record, which the supervisor writes over it: a full disk must not
         # make a job that has ended look like one that was lost
         (self.path / "exit.new").write_bytes(b" " * _RECORD_BYTES)
+
+    def _sha256_of_input(self, name: str) -> str:
+        with input_files.read_from(self.path / "job", name) as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
 
     def _measure_input(self) -> int:
         total = 0
         for file in self.assign.files:
             try:
-                size = (self.path / "job" / file.name).stat().st_size
+                with input_files.read_from(self.path / "job", file.name) as source:
+                    size = os.fstat(source.fileno()).st_size
             except FileNotFoundError:
                 return total
             total += min(size, file.size)
@@ -237,9 +243,9 @@ def _check_names(assign: Assign) -> None:
     names = [file.name for file in assign.files]
     for name in names:
         if problem := jobs.file_name_problem(name):
-            raise JobInvalid(f"the file name {name!r} {problem}")
-    if len(set(names)) != len(names):
-        raise JobInvalid("two input files have the same name")
+            raise JobInvalid(f"the file name {name!r:.300} {problem}")
+    if problem := jobs.file_names_problem(names):
+        raise JobInvalid(problem)
     if jobs.RUN_SCRIPT not in names:
         raise JobInvalid(f"there is no {jobs.RUN_SCRIPT}")
 

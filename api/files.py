@@ -254,7 +254,7 @@ def _download_of(job_id: int, result: StoredResult) -> _StoredDownload:
 
 
 def _download_of_input(file: StoredFile) -> _StoredDownload:
-    name = file.spec.name
+    name = PurePosixPath(file.spec.name).name
     return _StoredDownload(
         file.blob_id, file.spec.size, file.spec.sha256, name, _content_type_of(name)
     )

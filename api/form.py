@@ -44,6 +44,7 @@ class _Form:
     max_files: int
     admit: Admit
     files: set[str] = field(default_factory=set)
+    file_name_bytes: int = 0
     user_id: int | None = None
     fields: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -194,12 +195,17 @@ class _PartReader:
         if name is None:
             raise BadRequest("file: must be sent as a file, with a file name")
         if problem := jobs.file_name_problem(name):
-            raise BadRequest(f"file: the name {name[:80]!r} {problem}")
+            raise BadRequest(f"file: the name {name!r:.300} {problem}")
         if name in form.files:
-            raise BadRequest(f"file: the name {name!r} is given more than once")
+            raise BadRequest(f"file: the name {name!r:.300} is given more than once")
         if len(form.files) == form.max_files:
             raise BadRequest(
                 f"file: there are more than {form.max_files} files; send them as an archive"
+            )
+        form.file_name_bytes += len(name.encode())
+        if form.file_name_bytes > jobs.MAX_PATHS_BYTES:  # before they take so much memory
+            raise BadRequest(
+                f"file: the names are longer than {jobs.MAX_PATHS_BYTES} bytes together"
             )
         form.files.add(name)
         self._upload.start_file(name)
@@ -268,5 +274,7 @@ def _add_tag(form: _Form, text: str) -> None:
 def _check_files(names: set[str]) -> None:
     if not names:
         raise BadRequest("file: missing, at least one file is needed")
+    if problem := jobs.file_names_problem(names):
+        raise BadRequest(f"file: {problem}")
     if jobs.RUN_SCRIPT not in names:
         raise BadRequest(f"file: none of the files is named {jobs.RUN_SCRIPT}")

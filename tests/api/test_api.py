@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import socket
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import config
 import runtime
 from api import application as api
 from dispatch import Dispatcher
+from jobs import MAX_PATH_BYTES
 from records import StoreFull
 from store import Store
 from tests.api.in_process import ApiServer
@@ -133,9 +136,27 @@ REFUSED = {
         ["-F", "file=@run.sh", "-F", "file=@input.pdb;filename=run.sh", "-F", "user_id=1"],
         "^file.*more than once",
     ),
-    "path as name": (["-F", "file=@run.sh;filename=../run.sh"], "^file.*separator"),
-    "absolute name": (["-F", "file=@run.sh;filename=/etc/cron.d/x"], "^file.*separator"),
+    "path as name": (["-F", "file=@run.sh;filename=../run.sh"], "^file.*has . or .."),
+    "absolute name": (["-F", "file=@run.sh;filename=/etc/cron.d/x"], "^file.*not relative"),
     "dots as name": (["-F", "file=@run.sh;filename=.."], "^file.*directory"),
+    "file and directory": (
+        [
+            *("-F", "file=@run.sh", "-F", "file=@run.sh;filename=a"),
+            *("-F", "file=@run.sh;filename=a/b", "-F", "user_id=1", "-F", "service=example"),
+        ],
+        "^file: the name 'a' is a file and a directory",
+    ),
+    "two normal forms": (
+        [
+            *("-F", "file=@run.sh", "-F", "file=@run.sh;filename=é"),
+            *("-F", "file=@run.sh;filename=e\u0301", "-F", "user_id=1", "-F", "service=example"),
+        ],
+        "^file: the name 'é' is given more than once",
+    ),
+    "run.sh elsewhere": (
+        ["-F", "file=@run.sh;filename=a/run.sh", "-F", "user_id=1", "-F", "service=example"],
+        "named run.sh",
+    ),
     "file as text": (["-F", "file=echo", "-F", "user_id=1", "-F", "service=example"], "^file"),
     "file elsewhere": (["-F", "attachment=@run.sh"], "attachment"),
     "not a form": (["-d", "user_id=1"], "multipart/form-data"),
@@ -193,6 +214,47 @@ async def test_fields_may_come_in_any_order_and_names_may_be_unusual(
     )
     assert archive.read("empty") == b""
     assert archive.read("ünï→.txt") == b"ATOM\n"
+
+
+async def test_names_of_files_may_be_paths(server: Server, folder: Path) -> None:
+    # the longest path there may be, and one more directory beside it
+    deepest = "/".join(["d" * 255] * 15 + ["d" * 127, "f" * 128])
+    assert len(deepest) == MAX_PATH_BYTES
+    (folder / "paths.sh").write_text(
+        "cat data/input.pdb data/more/input.pdb > out; find . -type f\n"
+    )
+    arguments = ["-F", "user_id=1", "-F", "service=example", "-F", "file=@paths.sh;filename=run.sh"]
+    names = ["data/input.pdb", "data/more/input.pdb", deepest, "data.pdb"]
+    for name in names:
+        arguments += ["-F", f"file=@input.pdb;filename={name}"]
+    arguments += ["-F", "file=@empty;filename=data/empty"]
+    answer = await curl(*arguments, f"{server.url}/upload", cwd=folder)
+    assert answer.status == 201, answer
+    archive = await server.result(1)
+    assert archive.read("out") == b"ATOM\nATOM\n"
+    for name in names:
+        assert archive.read(name) == b"ATOM\n"
+    assert archive.read("data/empty") == b""
+    listed = (await curl(f"{server.url}/jobs/1")).json()["files"]
+    assert {file["name"] for file in listed} == {"run.sh", "data/empty", *names}
+    assert (await curl(f"{server.url}/jobs/1/files/data/more/input.pdb")).body == b"ATOM\n"
+    again = await curl("-X", "POST", f"{server.url}/jobs/1/rerun")
+    assert (await server.result(again.json()["id"])).read("out") == b"ATOM\nATOM\n"
+
+
+async def test_paths_are_seen_before_a_job_runs(idle: Server, folder: Path) -> None:
+    await curl(
+        *("-F", "file=@run.sh", "-F", "file=@input.pdb;filename=data/ü/in.pdb"),
+        *("-F", "user_id=1", "-F", "service=example", f"{idle.url}/upload"),
+        cwd=folder,
+    )
+    files = (await curl(f"{idle.url}/jobs/1/files")).json()["files"]
+    assert [file["path"] for file in files] == ["run.sh", "data/ü/in.pdb"]
+    answer = await curl("-i", f"{idle.url}/jobs/1/files/data%2F%C3%BC/in.pdb")
+    assert answer.body.endswith(b"\r\n\r\nATOM\n")
+    assert b'filename="in.pdb"' in answer.body
+    partial = (await curl(f"{idle.url}/download_partial/1")).body
+    assert zipfile.ZipFile(io.BytesIO(partial)).read("data/ü/in.pdb") == b"ATOM\n"
 
 
 def _request_head(server: Server, length: int) -> bytes:

@@ -121,12 +121,39 @@ def test_every_state_has_its_row_and_the_design_rules_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "/etc", "a\\b", "a\0b", "a\nb", "\x7f", "\udc80", "é" * 128]
+    "name",
+    [
+        *("", ".", "..", "/etc", "a\\b", "a\0b", "a\nb", "\x7f", "\udc80", "é" * 128),
+        *("a/", "a//b", "a/../b", "./a", "a/.", "/".join("a" * 65), "/".join(["é" * 70] * 30)),
+    ],
 )
 def test_unsafe_file_names_have_a_problem(name: str) -> None:
     assert jobs.file_name_problem(name) is not None
 
 
-@pytest.mark.parametrize("name", ["run.sh", "two words.pdb", "ünïcode.txt", ".hidden", "a" * 255])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("run.sh", "two words.pdb", "ünïcode.txt", ".hidden", "a" * 255),
+        *("a/b", "..a/...", "/".join("a" * 64), "/".join(["a" * 255] * 16)),
+    ],
+)
 def test_plain_file_names_have_none(name: str) -> None:
     assert jobs.file_name_problem(name) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["a", "a/b"], "'a' is a file and a directory"),
+        (["a/b/c", "a0", "a/b"], "'a/b' is a file and a directory"),
+        (["é", "e\u0301"], "more than once"),
+        ([f"{number}/{'d/' * 60}f" for number in range(200)], "more than 10000 directories"),
+        ([f"{number:08}{'x' * 240}" for number in range(20_000)], "longer than 4194304 bytes"),
+        (["a", "a.b", "a0", "b/a", "b/c/d", "b/c/e"], None),
+    ],
+)
+def test_names_that_can_not_be_of_one_job_are_found(names: list[str], problem: str | None) -> None:
+    found = jobs.file_names_problem(names)
+    assert found is None if problem is None else problem in (found or "")
+    assert problem is not None or jobs.directories_of(names) == ["b", "b/c"]
