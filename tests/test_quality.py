@@ -88,6 +88,15 @@ def test_handlers_import_no_handlers() -> None:
         assert _imported(modules[name]) & handlers <= {name}, name
 
 
+def test_the_tree_of_the_documentation_is_the_tree_of_the_files() -> None:
+    text = (PROJECT / "docs" / "architecture.md").read_text()
+    tree = text.partition("## The tree")[2].partition("```\n")[2].partition("```")[0]
+    shown = set(re.findall(r"^([\w.]+(?:/|\.py))", tree, re.MULTILINE))
+    tops = {name.split("/")[0] + ("/" if "/" in name else ".py") for name in _modules()}
+    assert tops - shown == set()
+    assert {name for name in shown if not (PROJECT / name).exists()} == set()
+
+
 def test_no_import_goes_in_a_circle() -> None:
     modules = _modules()
     waiting = {name: _imported(path) & set(modules) for name, path in modules.items()}
