@@ -28,6 +28,10 @@ class StoreUnavailable(StoreError):
     """The file can't be read or written at the moment (I/O error, permission)."""
 
 
+class StoreDamaged(StoreError):
+    """What is stored is not what was stored: a disk, or another program, has changed it."""
+
+
 class Superseded(StoreError):
     """The attempt is not the current one of its job, or the job has ended without it."""
 
@@ -42,6 +46,10 @@ class KeyReused(StoreError):
 
 class QueueFull(StoreError):
     """The user has as many queued jobs as allowed."""
+
+
+class NotEnded(StoreError):
+    """The job is to run or runs, so its files can't be deleted."""
 
 
 class InputGone(StoreError):
@@ -91,8 +99,9 @@ class JobRequest:
     """What a submitter asks for, beside the files.
 
     ``priority`` orders the jobs of the user, the highest first. ``timeout`` in seconds, None
-    for the service's limit alone. ``tags`` are pairs of key and value, each key once.
-    ``idempotency_key`` names the request, so that it can be repeated without a second job.
+    for the service's limit alone. ``tags`` are pairs of key and value, each key once. ``cpus``,
+    ``memory`` in bytes and ``gpus`` are None for what the service says. ``idempotency_key``
+    names the request, so that it can be repeated without a second job.
     """
 
     user_id: int
@@ -102,6 +111,9 @@ class JobRequest:
     timeout: int | None = None
     tags: tuple[tuple[str, str], ...] = ()
     idempotency_key: str | None = None
+    cpus: int | None = None
+    memory: int | None = None
+    gpus: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +155,9 @@ class Loss(enum.Enum):
 class Assignment:
     """A new attempt: its job, its id, its number within the job (fencing token), its input.
 
-    ``timeout`` is what the submitter asked for, in seconds. ``content`` are the bytes of all
-    files, one after the other, if they are few.
+    ``timeout`` in seconds, ``cpus``, ``memory`` in bytes and ``gpus`` are what the submitter asked
+    for, None for what the service says. ``content`` are the bytes of all files, one after the
+    other, if they are few.
     """
 
     job: JobIdentity
@@ -153,6 +166,9 @@ class Assignment:
     timeout: int | None
     files: tuple[StoredFile, ...]
     content: bytes | None
+    cpus: int | None = None
+    memory: int | None = None
+    gpus: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +206,15 @@ class JobTimes:
 class JobFilter:
     """Which jobs are asked for; None and empty mean any.
 
-    ``states`` are alternatives, all ``tags`` (key, value) must be there, ``agent`` is the
-    name of one that had an attempt, ``since`` is the earliest creation in Unix seconds,
-    ``text`` stands in the message, in upper or lower case (of ASCII letters).
+    ``states`` are alternatives, and so are ``ids``; all ``tags`` (key, value) must be there,
+    ``agent`` is the name of one that had an attempt, ``since`` is the earliest creation in Unix
+    seconds, ``text`` stands in the message, in upper or lower case (of ASCII letters).
     """
 
     user_id: int | None = None
     service: str | None = None
     states: frozenset[JobState] = frozenset()
+    ids: frozenset[int] = frozenset()
     agent: str | None = None
     since: float | None = None
     text: str | None = None
@@ -206,7 +223,10 @@ class JobFilter:
 
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """A job in a list. Times in Unix seconds; attempt and agent are the current or last ones."""
+    """A job in a list. Times in Unix seconds; attempt and agent are the current or last ones.
+
+    ``outcome`` is the state in which it ended, also after it was cleaned; None before its end.
+    """
 
     id: int
     state: JobState
@@ -221,6 +241,10 @@ class JobSummary:
     started_at: float | None
     finished_at: float | None
     attempt_id: int | None
+    outcome: JobState | None
+    cpus: int | None
+    memory: int | None
+    gpus: int | None
     agent: str | None
     tags: tuple[tuple[str, str], ...]
 
@@ -231,6 +255,26 @@ class JobPage:
 
     jobs: tuple[JobSummary, ...]
     next_before: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobIds:
+    """Some of the jobs asked for, newest first; older ones may follow before ``next_before``."""
+
+    ids: tuple[int, ...]
+    next_before: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an attempt used: CPU time, the most memory at a time (bytes), time from start to end.
+
+    None is what is not known.
+    """
+
+    cpu_seconds: float | None
+    peak_memory: int | None
+    wall_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +294,7 @@ class AttemptRecord:
     ended_at: float | None
     outcome: JobState | None
     message: str
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)

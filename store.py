@@ -19,6 +19,7 @@ from records import StoreError, StoreFull, StoreRefused, StoreUnavailable
 from storage.agents import Agents
 from storage.attempts import Attempts
 from storage.blobs import Blobs
+from storage.clock import SteadyClock
 from storage.database import HOW_TO_MAKE_WRITABLE, Database, check_sqlite_version, translated
 from storage.eraser import Eraser
 from storage.file import DatabaseFile
@@ -61,14 +62,15 @@ class Store:
     def __init__(self, path: str) -> None:
         self.feed = Feed()
         self._file = DatabaseFile(path, self._before_commit, self._publish)
+        self._clock = SteadyClock()
         self.blobs = Blobs(self._file)
-        self.jobs = Jobs(self._file)
+        self.jobs = Jobs(self._file, self.blobs)
         self.history = History(self._file)
         self.uploads = Uploads(self._file, self.blobs)
         self.attempts = Attempts(self._file, self.blobs)
         self.output = JobOutput(self._file)
         self.agents = Agents(self._file)
-        self.retention = Retention(self._file, self.blobs)
+        self.retention = Retention(self._file, self.blobs, self._clock)
         self.tokens = Tokens(self._file)
         self._eraser = Eraser(self._file, self.blobs)
 
@@ -89,6 +91,7 @@ class Store:
         return store
 
     def _begin(self, db: Database) -> None:
+        self._clock.begin(db)
         self.blobs.begin(db)
         _ensure_setting(db, "agent_token", secrets.token_urlsafe(32))
         _ensure_setting(db, "probe", "")

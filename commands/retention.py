@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 
 from config import SettingsInForce
 from records import StoreFull, StoreUnavailable
@@ -14,7 +13,7 @@ from telemetry.logs import event
 
 log = logging.getLogger("orchestrator")
 
-_LONGEST_PAUSE_SECONDS = 3600.0  # so that a clock that was set is noticed
+_LONGEST_PAUSE_SECONDS = 3600.0  # while the machine sleeps, timers stand still
 _RETRY_SECONDS = 60.0
 
 
@@ -34,11 +33,11 @@ async def keep_retention(store: Store, settings: SettingsInForce) -> None:
 
 
 async def _clean_once(store: Store, max_age: int) -> float:
-    while cleaned := await store.retention.clean_jobs_final_since(time.time() - max_age):
+    while cleaned := await store.retention.clean_some(max_age):
         event(log, "cleaned", jobs=cleaned)
     while await store.retention.forget_old_keys():
         pass
-    oldest = await store.retention.oldest_final_change()
+    oldest = await store.retention.oldest_age()
     # a job that becomes final only now reaches the age no sooner than max_age from now
-    due = max_age if oldest is None else oldest + max_age - time.time()
+    due = max_age if oldest is None else max_age - oldest
     return min(max(due, 0.0) + 0.01, max_age, _LONGEST_PAUSE_SECONDS)

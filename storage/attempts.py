@@ -76,16 +76,19 @@ class Attempts:
                 (job.attempts, attempt_id, job.id),
             )
             transition(db, job, JobState.PROCESSING, reason, message="")
-            row = db.execute("SELECT timeout FROM job WHERE id = ?", (job.id,)).fetchone()
+            timeout, *resources = db.execute(
+                "SELECT timeout, cpus, memory, gpus FROM job WHERE id = ?", (job.id,)
+            ).fetchone()
             files = files_of(db, attempt_id)
             is_small = sum(file.spec.size for file in files) <= SMALL_BYTES
             return Assignment(
                 JobIdentity(job.id, job.user_id, job.service),
                 attempt_id,
                 job.attempts,
-                row[0],
+                timeout,
                 files,
                 read_stream(db, files, 0) if is_small else None,
+                *resources,
             )
 
         return await self._file.write(operation)

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 from archive.reader import ENDING_BYTES, has_whole_ending
 from jobs import FileSpec
-from records import ResultMismatch, StoredFile, StoredResult, StoreUnavailable
+from records import ResultMismatch, StoreDamaged, StoredFile, StoredResult
+from storage.checksums import checksum_of_bytes
 from storage.database import Database
 from storage.file import DatabaseFile
 from telemetry.logs import event
@@ -81,7 +82,7 @@ class Blobs:
         """Return ``size`` bytes from ``offset`` on, all within the blob, in one hop.
 
         They come in the pieces in which they are stored, not copied. Raises
-        :class:`StoreUnavailable` if the blob has not so many.
+        :class:`StoreDamaged` if they are not what was stored.
         """
         return await self._file.read(lambda db: read_blob(db, blob_id, offset, size))
 
@@ -235,8 +236,11 @@ def insert_chunks(
     """Write chunks of a blob, the first one at index ``first``."""
     base = blob_id << CHUNK_INDEX_BITS
     db.executemany(
-        "INSERT INTO chunk (id, data) VALUES (?, ?)",
-        ((base + index, chunk) for index, chunk in enumerate(chunks, start=first)),
+        "INSERT INTO chunk (id, data, crc32) VALUES (?, ?, ?)",
+        (
+            (chunk_id, chunk, checksum_of_bytes(chunk_id, chunk))
+            for chunk_id, chunk in enumerate(chunks, start=base + first)
+        ),
     )
 
 
@@ -248,15 +252,26 @@ def read_blob(db: Database, blob_id: int, offset: int, size: int) -> list[bytes]
     last = (offset + size - 1) // CHUNK_BYTES
     base = blob_id << CHUNK_INDEX_BITS
     rows = db.execute(
-        "SELECT data FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id", (base + first, base + last)
+        "SELECT id, data, crc32 FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id",
+        (base + first, base + last),
     )
-    pieces: list[bytes] = [row[0] for row in rows]
+    pieces = [_checked(*row) for row in rows]
     excess = sum(map(len, pieces)) - within - size
     if excess < 0:
-        raise StoreUnavailable(f"blob {blob_id} has not {size} bytes at {offset}")
+        raise StoreDamaged(f"blob {blob_id} has not {size} bytes at {offset}")
     pieces[-1] = pieces[-1][: len(pieces[-1]) - excess]
     pieces[0] = pieces[0][within:]
     return pieces
+
+
+def _checked(chunk_id: int, data: object, crc32: int | None) -> bytes:
+    """Return a chunk's bytes if they are those that were stored; raises :class:`StoreDamaged`."""
+    if not isinstance(data, bytes) or (
+        crc32 is not None and crc32 != checksum_of_bytes(chunk_id, data)
+    ):
+        blob_id, index = divmod(chunk_id, 1 << CHUNK_INDEX_BITS)
+        raise StoreDamaged(f"chunk {index} of blob {blob_id} is damaged")
+    return data
 
 
 def read_stream(db: Database, files: Sequence[StoredFile], offset: int) -> bytes:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from events import Output
 from jobs import JobState
-from records import NewOutput, OutputPiece, OutputSource
+from records import NewOutput, OutputPiece, OutputSource, StoreDamaged
+from storage.checksums import checksum_of_bytes
 from storage.database import Database
 from storage.file import DatabaseFile
 from storage.transitions import JobRow, receiving_job_of_attempt
@@ -61,13 +60,13 @@ class JobOutput:
 
     async def _read_pieces(self, attempt_id: int, stream: Stream, start: int) -> list[OutputPiece]:
         rows = await self._file.rows(
-            "SELECT start, data FROM output WHERE attempt_id = ?1 AND stream = ?2"
+            "SELECT start, data, crc32 FROM output WHERE attempt_id = ?1 AND stream = ?2"
             " AND start >= coalesce((SELECT max(start) FROM output"
             "  WHERE attempt_id = ?1 AND stream = ?2 AND start <= ?3), 0)"
             " ORDER BY start LIMIT ?4",
             (attempt_id, stream, start, _READ_ROWS),
         )
-        pieces = (OutputPiece(stream, row[0], row[1]) for row in rows)
+        pieces = (OutputPiece(stream, row[0], _checked(attempt_id, *row)) for row in rows)
         cut = (piece.after(start) for piece in pieces)
         return [piece for piece in cut if piece.data]
 
@@ -120,9 +119,10 @@ def _add_piece(db: Database, attempt_id: int, piece: OutputPiece, limit: int) ->
     while data:
         # no row on both sides of the half
         length = min(_OUTPUT_ROW_BYTES, half - start if start < half else len(data))
+        part = data[:length]
         db.execute(
-            "INSERT INTO output (attempt_id, stream, start, data) VALUES (?, ?, ?, ?)",
-            (attempt_id, piece.stream, start, data[:length]),
+            "INSERT INTO output (attempt_id, stream, start, data, crc32) VALUES (?, ?, ?, ?, ?)",
+            (attempt_id, piece.stream, start, part, checksum_of_bytes(start, part)),
         )
         data, start = data[length:], start + length
     db.execute(
@@ -142,10 +142,20 @@ def drop_live_output(db: Database, attempt_id: int) -> None:
 
 def _take_row(db: Database, key: tuple[int, int, int]) -> bytes:
     row = db.execute(
-        "SELECT data FROM output WHERE attempt_id = ? AND stream = ? AND start = ?", key
+        "SELECT start, data, crc32 FROM output WHERE attempt_id = ? AND stream = ? AND start = ?",
+        key,
     ).fetchone()
     db.execute("DELETE FROM output WHERE attempt_id = ? AND stream = ? AND start = ?", key)
-    return cast(bytes, row[0])
+    return _checked(key[0], *row)
+
+
+def _checked(attempt_id: int, start: int, data: object, crc32: int | None) -> bytes:
+    """Return a piece if it is what was stored; raises :class:`StoreDamaged`."""
+    if not isinstance(data, bytes) or (
+        crc32 is not None and crc32 != checksum_of_bytes(start, data)
+    ):
+        raise StoreDamaged(f"the output of attempt {attempt_id} is damaged at {start}")
+    return data
 
 
 def erase_some_output(db: Database) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from records import (
     AttemptRecord,
     JobDetails,
     JobFilter,
+    JobIds,
     JobPage,
     JobSummary,
     StoredResult,
+    Usage,
 )
 from storage.database import Database
 from storage.history import HISTORY_OF_JOB, transition_of
@@ -39,6 +42,10 @@ _FLOOR_OF_TIME = """SELECT min(id) FROM (
     SELECT id FROM job INDEXED BY job_created WHERE created_at >= ?
     ORDER BY created_at LIMIT 1000)"""
 """The first job since then. More than one are looked at since clocks are set back at times."""
+
+
+_NAMED_JOBS = """SELECT value FROM json_each(:asked)
+    WHERE value < :before AND value >= :floor ORDER BY value DESC LIMIT :step"""
 
 
 _ANY_JOBS = """SELECT id FROM job WHERE id < :before AND id >= :floor
@@ -75,11 +82,12 @@ _UNSUCCESSFUL_JOBS = """SELECT id FROM job INDEXED BY job_unsuccessful
 _MATCHING_JOBS = """
     SELECT job.id, job.state, job.message, job.user_id, job.service, job.name, job.priority,
         job.timeout, job.created_at, job.changed_at, job.started_at, job.finished_at,
-        job.attempt_id, agent.name
+        job.attempt_id, job.outcome, job.cpus, job.memory, job.gpus, agent.name
     FROM json_each(:ids) AS candidate CROSS JOIN job ON job.id = candidate.value
         LEFT JOIN attempt ON attempt.id = job.attempt_id
         LEFT JOIN agent ON agent.id = attempt.agent_id
-    WHERE (:user_id IS NULL OR job.user_id = :user_id)
+    WHERE (:asked IS NULL OR job.id IN (SELECT value FROM json_each(:asked)))
+        AND (:user_id IS NULL OR job.user_id = :user_id)
         AND (:service IS NULL OR job.service = :service)
         AND (:states IS NULL OR job.state IN (SELECT value FROM json_each(:states)))
         AND (:since IS NULL OR job.created_at >= :since)
@@ -96,6 +104,20 @@ _MATCHING_JOBS = """
 
 
 def find_jobs(db: Database, wanted: JobFilter, before: int, limit: int) -> JobPage:
+    """Return some of the jobs asked for, newest first; looks at a bounded number of jobs."""
+    found, next_before = _find_rows(db, wanted, before, limit)
+    return JobPage(tuple(_summaries_of(db, found)), next_before)
+
+
+def find_job_ids(db: Database, wanted: JobFilter, before: int, limit: int) -> JobIds:
+    """Return the ids of some of the jobs asked for, as :func:`find_jobs`."""
+    found, next_before = _find_rows(db, wanted, before, limit)
+    return JobIds(tuple(row[0] for row in found), next_before)
+
+
+def _find_rows(
+    db: Database, wanted: JobFilter, before: int, limit: int
+) -> tuple[list[Sequence[Any]], int | None]:
     """Go through candidates of the most selective index, newest first, and pick what matches."""
     candidates = _candidates_for(wanted)
     parameters = _parameters_of(wanted)
@@ -117,10 +139,38 @@ def find_jobs(db: Database, wanted: JobFilter, before: int, limit: int) -> JobPa
     if len(found) > limit:
         found = found[:limit]
         before, has_more = found[-1][0], True
-    return JobPage(tuple(_summaries_of(db, found)), before if has_more else None)
+    return found, before if has_more else None
+
+
+_COUNTED = """SELECT state, sum(jobs) FROM job_count
+    WHERE (:user_id IS NULL OR user_id = :user_id) AND (:service IS NULL OR service = :service)
+    GROUP BY state"""
+
+
+def is_counted(wanted: JobFilter) -> bool:
+    """Whether the number of jobs asked for is kept, and no job need be looked at."""
+    return not (wanted.ids or wanted.agent or wanted.text or wanted.tags) and wanted.since is None
+
+
+def kept_counts(db: Database, wanted: JobFilter) -> Counter[JobState]:
+    """Return how many jobs are in each state, where :func:`is_counted`."""
+    rows = db.execute(_COUNTED, _parameters_of(wanted))
+    counts = {JobState(state): jobs for state, jobs in rows}
+    asked = wanted.states or counts.keys()
+    return Counter({state: jobs for state, jobs in counts.items() if jobs and state in asked})
+
+
+def count_some(
+    db: Database, wanted: JobFilter, before: int
+) -> tuple[Counter[JobState], int | None]:
+    """Count the states of a bounded number of jobs; returns where to go on, None at the end."""
+    found, next_before = _find_rows(db, wanted, before, _EXAMINE_JOBS)
+    return Counter(JobState(row[1]) for row in found), next_before
 
 
 def _candidates_for(wanted: JobFilter) -> str:
+    if wanted.ids:
+        return _NAMED_JOBS
     if wanted.states and wanted.states <= frozenset(ACTIVE_STATES):
         return _ACTIVE_JOBS
     if wanted.tags:
@@ -139,6 +189,7 @@ def _candidates_for(wanted: JobFilter) -> str:
 def _parameters_of(wanted: JobFilter) -> dict[str, Any]:
     tag = wanted.tags[0] if wanted.tags else (None, None)
     return {
+        "asked": json.dumps(sorted(wanted.ids)) if wanted.ids else None,
         "user_id": wanted.user_id,
         "service": wanted.service,
         "states": json.dumps(sorted(wanted.states)) if wanted.states else None,
@@ -161,10 +212,12 @@ def _summaries_of(db: Database, rows: Sequence[Sequence[Any]]) -> list[JobSummar
     )
     for job_id, key, value in found:
         tags.setdefault(job_id, []).append((key, value))
-    return [
-        JobSummary(*(row[0], JobState(row[1]), *row[2:], tuple(tags.get(row[0], ()))))
-        for row in rows
-    ]
+    return [_summary_of(row, tuple(tags.get(row[0], ()))) for row in rows]
+
+
+def _summary_of(row: Sequence[Any], tags: tuple[tuple[str, str], ...]) -> JobSummary:
+    outcome = None if row[13] is None else JobState(row[13])
+    return JobSummary(*(row[0], JobState(row[1]), *row[2:13], outcome, *row[14:], tags))
 
 
 def job_details(db: Database, job_id: int) -> JobDetails | None:
@@ -193,7 +246,7 @@ def job_details(db: Database, job_id: int) -> JobDetails | None:
 def _attempts_of(db: Database, job_id: int) -> tuple[AttemptRecord, ...]:
     history = [transition_of(row) for row in db.execute(HISTORY_OF_JOB, (job_id,))]
     attempts = db.execute(
-        "SELECT attempt.id, number, agent.name, exit_code"
+        "SELECT attempt.id, number, agent.name, exit_code, cpu_seconds, peak_memory, wall_seconds"
         " FROM attempt JOIN agent ON agent.id = attempt.agent_id WHERE job_id = ? ORDER BY number",
         (job_id,),
     )
@@ -207,7 +260,7 @@ def _attempt_record(row: Sequence[Any], history: Sequence[Transition]) -> Attemp
     """Tell an attempt from its lines of the history, of which those after its end may be many."""
     reached = {line.after: line.at for line in history}
     end = next((line for line in history if line.after not in ACTIVE_STATES), None)
-    attempt_id, number, agent, exit_code = row
+    attempt_id, number, agent, exit_code, *usage = row
     return AttemptRecord(
         id=attempt_id,
         number=number,
@@ -218,6 +271,7 @@ def _attempt_record(row: Sequence[Any], history: Sequence[Transition]) -> Attemp
         ended_at=None if end is None else end.at,
         outcome=None if end is None else end.after,
         message="" if end is None else end.reason,
+        usage=Usage(*usage),
     )
 
 

@@ -179,6 +179,63 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL
         ) WITHOUT ROWID""",
     ),
+    (
+        # how the job ended: kept when it is cleaned
+        "ALTER TABLE job ADD COLUMN outcome TEXT",
+        """UPDATE job SET outcome = CASE state WHEN 'Cleaned' THEN
+                (SELECT from_state FROM history WHERE job_id = job.id AND to_state = 'Cleaned')
+                ELSE state END
+            WHERE state NOT IN ('Queued', 'Processing', 'Submitted', 'Running')""",
+        # when it ended by a clock that does not jump (clock.py), from which retention counts;
+        # when this column is made, that clock and the wall clock agree
+        "ALTER TABLE job ADD COLUMN aged_from REAL",
+        "UPDATE job SET aged_from = changed_at WHERE outcome IS NOT NULL",
+        "DROP INDEX job_final",
+        """CREATE INDEX job_final ON job (aged_from)
+            WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')""",
+        # what the submitter asked for; NULL: what the service says
+        "ALTER TABLE job ADD COLUMN cpus INTEGER",
+        "ALTER TABLE job ADD COLUMN memory INTEGER",
+        "ALTER TABLE job ADD COLUMN gpus INTEGER",
+        # what an attempt used; NULL: not known
+        "ALTER TABLE attempt ADD COLUMN cpu_seconds REAL",
+        "ALTER TABLE attempt ADD COLUMN peak_memory INTEGER",
+        "ALTER TABLE attempt ADD COLUMN wall_seconds REAL",
+        # checksums of rows, so that damage is seen; NULL: written by a version before
+        "ALTER TABLE chunk ADD COLUMN crc32 INTEGER",
+        "ALTER TABLE output ADD COLUMN crc32 INTEGER",
+        "ALTER TABLE history ADD COLUMN crc32 INTEGER",
+        # of what the submitter said, which never changes
+        "ALTER TABLE job ADD COLUMN crc32 INTEGER",
+        "ALTER TABLE input_file ADD COLUMN crc32 INTEGER",
+        # how many jobs each user has in each state: asked at every upload and by every overview,
+        # too many to be counted then
+        "DROP TRIGGER queue_gains_a_new_job",
+        "DROP TRIGGER queue_gains_a_job_again",
+        "DROP TRIGGER queue_loses_a_job",
+        "DROP TABLE queue_length",
+        """CREATE TABLE job_count (
+            user_id INTEGER NOT NULL,
+            state TEXT NOT NULL,
+            service TEXT NOT NULL,
+            jobs INTEGER NOT NULL,
+            PRIMARY KEY (user_id, state, service)
+        ) WITHOUT ROWID""",
+        """INSERT INTO job_count (user_id, state, service, jobs)
+            SELECT user_id, state, service, count(*) FROM job GROUP BY user_id, state, service""",
+        """CREATE TRIGGER job_is_counted AFTER INSERT ON job
+            BEGIN INSERT INTO job_count (user_id, state, service, jobs)
+                VALUES (NEW.user_id, NEW.state, NEW.service, 1)
+                ON CONFLICT DO UPDATE SET jobs = jobs + 1; END""",
+        """CREATE TRIGGER job_is_counted_anew AFTER UPDATE OF state ON job
+            WHEN OLD.state <> NEW.state
+            BEGIN
+                UPDATE job_count SET jobs = jobs - 1 WHERE user_id = OLD.user_id
+                    AND state = OLD.state AND service = OLD.service;
+                INSERT INTO job_count (user_id, state, service, jobs)
+                    VALUES (NEW.user_id, NEW.state, NEW.service, 1)
+                    ON CONFLICT DO UPDATE SET jobs = jobs + 1; END""",
+    ),
 )
 
 

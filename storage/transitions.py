@@ -12,6 +12,7 @@ from events import Transition
 from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, JobState
 from records import IllegalTransition, Superseded, UserQueue
 from storage.blobs import has_result
+from storage.checksums import checksum_of_row
 from storage.database import Database
 
 
@@ -32,8 +33,9 @@ def transition(
 ) -> None:
     """Change a job's state and write its history.
 
-    ``message`` is what a user is told of the job from now on; None leaves it as it is. No
-    other statement changes either, so whoever follows the feed knows both.
+    ``message`` is what a user is told of the job from now on; None leaves it as it is, and a job
+    that is cleaned has it added to what is told of its end. No other statement changes either,
+    so whoever follows the feed knows both.
     """
     if after not in TRANSITIONS[job.state]:
         raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
@@ -65,7 +67,14 @@ _SET_STATE: Mapping[JobState, str] = {
     **dict.fromkeys(
         FINAL_STATES,
         "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
-        " finished_at = ?2 WHERE id = ?3 RETURNING created_at, started_at, message",
+        " finished_at = ?2, outcome = ?1, aged_from = steady_now()"
+        " WHERE id = ?3 RETURNING created_at, started_at, message",
+    ),
+    # still says how it ended
+    JobState.CLEANED: (
+        "UPDATE job SET state = ?1, changed_at = ?2,"
+        " message = CASE message WHEN '' THEN ?4 ELSE message || '; ' || ?4 END"
+        " WHERE id = ?3 RETURNING created_at, started_at, message"
     ),
 }
 """How each state is entered; the times of a job are those of its last attempt."""
@@ -75,10 +84,11 @@ def write_history(
     db: Database, job: JobRow, at: float, before: JobState | None, after: JobState, reason: str
 ) -> Transition:
     """Write one line of a job's history and return it."""
+    row = (job.id, job.attempts, at, before, after, reason)
     row_id = db.execute(
-        "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (job.id, job.attempts, at, before, after, reason),
+        "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason, crc32)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (*row, checksum_of_row(row)),
     ).lastrowid
     return Transition(
         cast(int, row_id),
@@ -116,13 +126,13 @@ def first_of_queue(db: Database, queue: UserQueue) -> JobRow | None:
     return None if row is None else job_of(row)
 
 
-def job_with_id(db: Database, job_id: int) -> JobRow:
-    """Return a job that is known to be there."""
+def job_with_id(db: Database, job_id: int) -> JobRow | None:
+    """Return a job, None if there is no such job."""
     row = db.execute(
         "SELECT id, user_id, service, state, attempts, lost_starts FROM job WHERE id = ?",
         (job_id,),
     ).fetchone()
-    return job_of(row)
+    return None if row is None else job_of(row)
 
 
 def job_of(row: Sequence[Any]) -> JobRow:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from records import (
     Submission,
 )
 from storage.blobs import Blobs, insert_chunks, open_blob
+from storage.checksums import checksum_of_row
 from storage.database import Database
 from storage.file import DatabaseFile, is_short_write
 from storage.transitions import JobRow, write_history
@@ -81,10 +82,32 @@ class Uploads:
             if repeated := submission_before(db, key):
                 return repeated
             check_queue(db, request.user_id, queue_limit)
-            job = insert_job(db, request, message, f"rerun of job {source_id}")
-            share_input(db, source_id, job.id)
+            job = _insert_rerun(db, source_id, request, message)
             remember_key(db, key, job.id)
             return Submission(job)
+
+        return await self._file.write_bytes(operation, 0)
+
+    async def rerun_many(
+        self, source_ids: Sequence[int], queue_limit: int, services: Container[str]
+    ) -> list[JobIdentity]:
+        """Run some jobs again, in one transaction; returns the new ones.
+
+        Those whose input is no longer stored, whose service is not one of ``services``, or
+        whose user has ``queue_limit`` queued jobs are left out.
+        """
+
+        def operation(db: Database) -> list[JobIdentity]:
+            made: list[JobIdentity] = []
+            for source_id in source_ids:
+                request = request_of(db, source_id)
+                if request is None or request.service not in services:
+                    continue
+                if not _has_input(db, source_id) or _queued(db, request.user_id) >= queue_limit:
+                    continue
+                message = f"Job {source_id} successfully submitted again"
+                made.append(_insert_rerun(db, source_id, request, message))
+            return made
 
         return await self._file.write_bytes(operation, 0)
 
@@ -222,11 +245,12 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
     """Make a queued job with its tags and the first line of its history."""
     now = time.time()
     cursor = db.execute(
-        "INSERT INTO job (user_id, service, name, priority, timeout, state, message,"
-        " created_at, changed_at) VALUES (?, ?, ?, ?, ?, 'Queued', ?, ?, ?)",
+        "INSERT INTO job (user_id, service, name, priority, timeout, cpus, memory, gpus,"
+        " state, message, created_at, changed_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'Queued', ?, ?, ?)",
         (
             *(request.user_id, request.service, request.name, request.priority, request.timeout),
-            *(message, now, now),
+            *(request.cpus, request.memory, request.gpus, message, now, now),
         ),
     )
     job_id = cast(int, cursor.lastrowid)
@@ -234,17 +258,42 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
         "INSERT INTO tag (job_id, key, value) VALUES (?, ?, ?)",
         ((job_id, key, value) for key, value in request.tags),
     )
+    db.execute(
+        "UPDATE job SET crc32 = ? WHERE id = ?", (checksum_of_request(job_id, request, now), job_id)
+    )
     job = JobRow(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
     line = write_history(db, job, now, None, JobState.QUEUED, reason)
     db.announce(dataclasses.replace(line, created_at=now, message=message))
     return JobIdentity(job_id, request.user_id, request.service)
 
 
+def checksum_of_request(job_id: int, request: JobRequest, created_at: float) -> int:
+    """Return the checksum of what the submitter said and when, which never changes."""
+    resources = (request.cpus, request.memory, request.gpus)
+    tags = (word for tag in sorted(request.tags) for word in tag)
+    first = (job_id, request.user_id, request.service, request.name, request.priority)
+    return checksum_of_row((*first, request.timeout, *resources, created_at, *tags))
+
+
+def _insert_rerun(db: Database, source_id: int, request: JobRequest, message: str) -> JobIdentity:
+    job = insert_job(db, request, message, f"rerun of job {source_id}")
+    share_input(db, source_id, job.id)
+    return job
+
+
 def check_queue(db: Database, user_id: int, limit: int) -> None:
     """Raise :class:`QueueFull` if ``limit`` jobs of the user are queued."""
-    row = db.execute("SELECT jobs FROM queue_length WHERE user_id = ?", (user_id,)).fetchone()
-    if row is not None and row[0] >= limit:
-        raise QueueFull(f"user {user_id} has {row[0]} jobs queued, which is the limit")
+    queued = _queued(db, user_id)
+    if queued >= limit:
+        raise QueueFull(f"user {user_id} has {queued} jobs queued, which is the limit")
+
+
+def _queued(db: Database, user_id: int) -> int:
+    ((queued,),) = db.execute(
+        "SELECT coalesce(sum(jobs), 0) FROM job_count WHERE user_id = ? AND state = 'Queued'",
+        (user_id,),
+    ).fetchall()
+    return int(queued)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +313,11 @@ def key_of(
         return None
     parts = (source_id, request.service, request.name, request.priority, request.timeout)
     specs = sorted((file.spec.name, file.spec.size, file.spec.sha256) for file in files)
-    canonical = json.dumps([*parts, sorted(request.tags), specs])
-    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    canonical: list[object] = [*parts, sorted(request.tags), specs]
+    resources = (request.cpus, request.memory, request.gpus)
+    if resources != (None, None, None):  # else the digest is that of versions that knew none
+        canonical.append(resources)
+    digest = hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
     return _Key(request.user_id, request.idempotency_key, digest)
 
 
@@ -275,8 +327,8 @@ def submission_before(db: Database, key: _Key | None) -> Submission | None:
         return None
     row = db.execute(
         "SELECT content_sha256, job_id, service FROM idempotency JOIN job ON job.id = job_id"
-        " WHERE idempotency.user_id = ? AND key = ? AND idempotency.created_at > ?",
-        (key.user_id, key.text, time.time() - KEY_SECONDS),
+        " WHERE idempotency.user_id = ? AND key = ? AND idempotency.created_at > steady_now() - ?",
+        (key.user_id, key.text, KEY_SECONDS),
     ).fetchone()
     if row is None:
         return None
@@ -290,8 +342,9 @@ def remember_key(db: Database, key: _Key | None, job_id: int) -> None:
     if key is not None:
         db.execute(
             "INSERT OR REPLACE INTO idempotency"
-            " (user_id, key, content_sha256, job_id, created_at) VALUES (?, ?, ?, ?, ?)",
-            (key.user_id, key.text, key.content_sha256, job_id, time.time()),
+            " (user_id, key, content_sha256, job_id, created_at)"
+            " VALUES (?, ?, ?, ?, steady_now())",
+            (key.user_id, key.text, key.content_sha256, job_id),
         )
 
 
@@ -303,34 +356,49 @@ def _insert_files(db: Database, job_id: int, files: Sequence[StoredFile]) -> Non
         ((file.blob_id, file.spec.size, file.spec.sha256) for file in files),
     )
     db.executemany(
-        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id, crc32)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
-            (job_id, position, file.spec.name, file.spec.size, file.spec.sha256, file.blob_id)
+            (job_id, *row, file.blob_id, checksum_of_row(row))
             for position, file in enumerate(files)
+            for row in ((position, file.spec.name, file.spec.size, file.spec.sha256),)
         ),
     )
+
+
+def _has_input(db: Database, job_id: int) -> bool:
+    row = db.execute(
+        "SELECT 1 FROM input_file WHERE job_id = ? AND blob_id IS NOT NULL", (job_id,)
+    ).fetchone()
+    return row is not None
 
 
 def share_input(db: Database, source_id: int, job_id: int) -> None:
     """Give a job the input of another; raises :class:`InputGone`."""
     shared = db.execute(
-        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id)"
-        " SELECT ?, position, name, size, sha256, blob_id FROM input_file"
+        "INSERT INTO input_file (job_id, position, name, size, sha256, blob_id, crc32)"
+        " SELECT ?, position, name, size, sha256, blob_id, crc32 FROM input_file"
         " WHERE job_id = ? AND blob_id IS NOT NULL",
         (job_id, source_id),
     ).rowcount
     if not shared:
-        raise InputGone(f"the input of job {source_id} was removed by retention")
+        raise InputGone(f"the input of job {source_id} is no longer stored")
 
 
 def request_of(db: Database, job_id: int) -> JobRequest | None:
     """Return what was asked for with a job, None if there is no such job."""
     row = db.execute(
-        "SELECT user_id, service, name, priority, timeout FROM job WHERE id = ?", (job_id,)
+        "SELECT user_id, service, name, priority, timeout, cpus, memory, gpus FROM job"
+        " WHERE id = ?",
+        (job_id,),
     ).fetchone()
     if row is None:
         return None
     tags = db.execute("SELECT key, value FROM tag WHERE job_id = ? ORDER BY key", (job_id,))
-    user_id, service, name, priority, timeout = row
-    return JobRequest(user_id, service, name, priority, timeout, tuple(tags.fetchall()))
+    user_id, service, name, priority, timeout, cpus, memory, gpus = row
+    return JobRequest(
+        *(user_id, service, name, priority, timeout, tuple(tags.fetchall())),
+        cpus=cpus,
+        memory=memory,
+        gpus=gpus,
+    )

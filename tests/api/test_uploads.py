@@ -231,7 +231,7 @@ async def test_a_job_runs_again_from_its_stored_input_until_that_is_removed(
             lambda: server.query("SELECT state FROM job WHERE id = 2") == [("Cleaned",)],
             "retention reaches it",
         )
-        assert_error(await rerun(server, 2), 409, "input of job 2 was removed")
+        assert_error(await rerun(server, 2), 409, "input of job 2 is no longer stored")
         assert jobs(server) == 3
 
 
