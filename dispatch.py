@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import jobs
@@ -327,6 +327,23 @@ class Dispatcher:
             else:
                 # it has just been given to an agent, or left it: look again, without spinning
                 await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+
+    async def terminate_many(self, job_ids: Sequence[int]) -> int:
+        """End those of some jobs that have not ended; returns how many it ended.
+
+        Returns once none of them can run or deliver a result any more.
+        """
+        withdrawn = await until_stored(lambda: self.store.jobs.withdraw_many(job_ids, _TERMINATED))
+        if withdrawn:
+            event(log, "killed_many", jobs=len(withdrawn), first=min(withdrawn))
+        others = sorted(set(job_ids) - set(withdrawn))
+        return len(withdrawn) + sum(await asyncio.gather(*map(self._has_terminated, others)))
+
+    async def _has_terminated(self, job_id: int) -> bool:
+        try:
+            return await self.terminate(job_id) is not None
+        except AlreadyFinal:
+            return False
 
     async def _terminate_active(self, agent: Agent, attempt: Attempt) -> None:
         """Let the agent end the job; if it does not, see to it that the attempt counts no more."""

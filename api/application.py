@@ -10,9 +10,11 @@ from api.agent_channel import AgentChannelHandlers
 from api.errors import answer_errors
 from api.events import EventHandlers
 from api.files import FileHandlers
+from api.filters import FILTERS
 from api.form import ask_for_body
 from api.guard import refuse_strangers
 from api.jobs import JobHandlers
+from api.many import ManyJobsHandlers
 from api.operations import OperationHandlers
 from api.output import OutputHandlers
 from api.parameters import refuse_unknown
@@ -27,7 +29,6 @@ from store import Store
 from telemetry.instruments import Instruments
 
 _NONE: frozenset[str] = frozenset()
-_FILTERS = frozenset({"user_id", "service", "status", "agent", "since", "text", "tag"})
 _LAST_EVENT = frozenset({"last_event_id"})
 _LOG_PARAMETERS = frozenset({"stream", "follow", "offset"})
 
@@ -82,6 +83,7 @@ def routes(
     submit = SubmitHandlers(store, dispatcher, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments)
     jobs = JobHandlers(store, dispatcher)
+    many = ManyJobsHandlers(store, dispatcher, settings)
     output = OutputHandlers(store)
     events = EventHandlers(store)
     agents = AgentChannelHandlers(dispatcher, settings, agent_token)
@@ -95,8 +97,13 @@ def routes(
         Route("GET", "/download/{id}", files.download, read, frozenset({"wait"})),
         Route("GET", "/download_partial/{id}", files.download_partial, read),
         Route("POST", "/terminate/{id}", jobs.terminate, submitting),
-        Route("GET", "/jobs", jobs.find, read, _FILTERS | {"limit", "cursor"}, True),
+        Route("GET", "/jobs", jobs.find, read, FILTERS | {"limit", "cursor"}, True),
+        Route("GET", "/jobs/counts", jobs.counts, read, FILTERS, True),
+        Route("POST", "/jobs/terminate", many.terminate, submitting, FILTERS, True),
+        Route("POST", "/jobs/rerun", many.rerun, submitting, FILTERS, True),
+        Route("POST", "/jobs/delete", many.delete, submitting, FILTERS, True),
         Route("GET", "/jobs/{id}", jobs.show, read),
+        Route("DELETE", "/jobs/{id}", jobs.delete, submitting),
         Route("GET", "/jobs/{id}/history", jobs.history, read),
         Route("GET", "/jobs/{id}/events", events.of_job, read, _LAST_EVENT),
         Route("GET", "/jobs/{id}/logs", output.logs, read, _LOG_PARAMETERS),

@@ -14,7 +14,7 @@ from api.answers import error_answer
 from api.routes import Handler, job_id_of
 from config import MAX_UPLOAD_BYTES
 from dispatch import AlreadyFinal
-from records import InputGone, KeyReused, QueueFull, StoreError, StoreFull
+from records import InputGone, KeyReused, NotEnded, QueueFull, StoreError, StoreFull
 from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.api")
@@ -103,6 +103,7 @@ _STATUSES: Mapping[type[Exception], int] = {
     AlreadyFinal: 409,
     KeyReused: 409,
     InputGone: 409,
+    NotEnded: 409,
     QueueFull: 429,
     StoreFull: 507,
     StoreError: 500,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from aiohttp import web
 
 from api.answers import job_answer, rfc3339, transition_body
-from api.callers import user_asked_for
+from api.callers import caller_name
 from api.errors import UnknownJob
-from api.parameters import before_of, cursor_before, limit_of, state_from, tag_from, time_from
+from api.filters import filter_of
+from api.parameters import before_of, cursor_before, limit_of
 from api.routes import job_id_of
 from dispatch import Dispatcher
 from jobs import JobState
-from records import AttemptRecord, JobDetails, JobFilter, JobSummary, UserQueue
+from records import AttemptRecord, JobDetails, JobSummary, UserQueue
 from store import Store
+from telemetry.logs import event
+
+log = logging.getLogger("orchestrator.api")
 
 _LOST = "Lost"  # how an attempt ended whose job was queued again
 
@@ -36,6 +41,12 @@ class JobHandlers:
             "next_cursor": None if page.next_before is None else cursor_before(page.next_before),
         }
         return web.json_response(body)
+
+    async def counts(self, request: web.Request) -> web.StreamResponse:
+        """Answer with how many of the jobs that a filter lets through are in each state."""
+        counts = await self._store.jobs.counts(filter_of(request))
+        states = {state.value: counts[state] for state in JobState}
+        return web.json_response({"total": counts.total(), "states": states})
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         """Answer with all that is known of a job but its history."""
@@ -71,21 +82,13 @@ class JobHandlers:
             raise UnknownJob
         return job_answer(job)
 
-
-def filter_of(request: web.Request) -> JobFilter:
-    """Return which jobs are asked for; raises :class:`BadRequest`."""
-    query = request.query
-    return JobFilter(
-        user_id=user_asked_for(request),
-        service=query.get("service"),
-        states=frozenset(
-            state_from(word) for text in query.getall("status", []) for word in text.split(",")
-        ),
-        agent=query.get("agent"),
-        since=time_from(query["since"]) if "since" in query else None,
-        text=query.get("text"),
-        tags=tuple(tag_from(text) for text in query.getall("tag", [])),
-    )
+    async def delete(self, request: web.Request) -> web.StreamResponse:
+        """Free the bytes of a job that has ended."""
+        job = await asyncio.shield(self._store.jobs.delete(job_id_of(request)))
+        if job is None:
+            raise UnknownJob
+        event(log, "deleted", job=job.id, caller=caller_name(request))
+        return job_answer(job)
 
 
 # --- how it is told ---------------------------------------------------------------
@@ -96,6 +99,7 @@ def _summary_body(job: JobSummary) -> dict[str, Any]:
         "id": job.id,
         "status": job.state.value,
         "message": job.message,
+        "outcome": job.outcome and job.outcome.value,
         "user_id": job.user_id,
         "service": job.service,
         "name": job.name,

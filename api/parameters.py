@@ -69,6 +69,13 @@ def service_from(service: str, services: Mapping[str, ServiceLimits]) -> Service
     return limits
 
 
+def id_from(text: str) -> int:
+    """Return a job's id; raises :class:`BadRequest` for what can't be one."""
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) > _MAX_INTEGER:
+        raise BadRequest("id: must be the id of a job")
+    return int(text)
+
+
 def state_from(text: str) -> JobState:
     """Return a state; raises :class:`BadRequest`."""
     try:

@@ -33,7 +33,7 @@ _STOP_AGENT_SECONDS = 3.0
 _AGENT_RESTART_SECONDS = 1.0
 _REMEMBERED_JOBS = 2000  # of all services, for their medians
 # of a request: its first line, one header field, and how many of them there may be
-_LINE_BYTES = 8190
+_LINE_BYTES = 24 * 1024  # a thousand ids
 _FIELD_BYTES = 8190
 _FIELDS = 128
 
