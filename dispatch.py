@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import jobs
@@ -17,21 +17,25 @@ from events import Event, Transition
 from fleet.attempt import Attempt
 from fleet.connection import AgentSocket, Connection
 from fleet.leases import Leases
+from fleet.placement import Placement
+from fleet.reasons import why_no_agent, why_none_is_free
 from fleet.roster import Agent, AgentStatus, Roster
 from fleet.session import Session
 from fleet.snapshot_relay import SnapshotRelay, SnapshotUnavailable
 from fleet.storing import STORE_RETRY_SECONDS, until_stored
+from jobs import NO_RESOURCES, Demand, Resources
 from records import (
     Assignment,
     IllegalTransition,
     JobRequest,
     JobStatus,
+    KnownAgent,
     StoreFull,
     StoreUnavailable,
     Submission,
     UserQueue,
 )
-from scheduler import Counts, FairQueue, FreeSlots
+from scheduler import Counts, Decision, FairQueue
 from store import Store, Upload
 from telemetry.logs import event
 
@@ -56,7 +60,7 @@ class Dispatcher:
         self.store = store
         self._settings = settings
         self._queue = FairQueue(settings.current.services)
-        self._free_slots = FreeSlots()
+        self._placement = Placement()
         self._roster = Roster(store, settings, self._follow_agent)
         self._leases = Leases(self._roster)
         self._connections: set[Connection] = set()
@@ -122,28 +126,20 @@ class Dispatcher:
         """Return how many jobs of a service wait and are active."""
         return self._queue.counts_of_service(name)
 
-    def why_waiting(self, line: UserQueue) -> str:
-        """Say in words what a job in this line waits for."""
-        connected = [agent for agent in self._roster if agent.connection is not None]
-        offering = [agent for agent in connected if agent.offers(line.service)]
-        limits = self.settings.services.get(line.service)
-        user = self._queue.counts_of_line(line).active
-        service = self._queue.counts_of_service(line.service).active
+    def why_waiting(self, queue: UserQueue, resources: Resources) -> str:
+        """Say in words what a queued job waits for."""
+        limits = self.settings.services.get(queue.service)
+        user = self._queue.counts_of_queue(queue).active
+        service = self._queue.counts_of_service(queue.service).active
         if limits is None:
             return "this service is not configured"
-        if not connected:
-            return "no agent is connected"
-        if not offering:
-            return "no agent offers this service"
-        if all(agent.takes_nothing_new() for agent in offering):
-            return "all agents that offer this service are drained"
+        if reason := why_no_agent(self._roster, queue.service, resources):
+            return reason
         if user >= limits.runs_per_user:
             return f"user limit {user} of {limits.runs_per_user}"
         if service >= limits.max_runs:
             return f"service limit {service} of {limits.max_runs}"
-        if all(agent.free_slots() <= 0 for agent in offering):
-            return "all slots busy"
-        return "next"
+        return why_none_is_free(self._roster, queue.service, resources) or "next"
 
     async def drain(self, name: str) -> list[AgentStatus]:
         """Give nothing new to the agents of this name or id; lasts until :meth:`resume`.
@@ -181,9 +177,9 @@ class Dispatcher:
         await self._roster.load()
         for agent in self._roster:
             for attempt in agent.attempts.values():
-                self._queue.count(attempt.job.queue, waiting=0, active=1)
-        for line, waiting in (await self.store.jobs.queue_lengths()).items():
-            self._queue.count(line, waiting, active=0)
+                self._queue.count_active(attempt.job.queue)
+        for (queue, demand), waiting in (await self.store.jobs.queue_lengths()).items():
+            self._queue.count_queued(queue, demand, waiting)
         self.store.feed.follow(self._follow)
         self._warn_of_services_that_stand_still()
         awaited = list(self._roster)
@@ -198,17 +194,17 @@ class Dispatcher:
                 self._wake.set()
 
     def _follow_agent(self, agent: Agent) -> None:
-        """An agent came, left, or has other free slots than before."""
+        """An agent came, left, or has other things free than before."""
         self._leases.watch(agent)
-        if agent.free_slots() > 0:
-            self._free_slots.put(agent.id, agent.load(), agent.services)
-            self._wake.set()
+        if agent.may_get_jobs():
+            self._placement.put(agent.id, agent.capacity())
         else:
-            self._free_slots.discard(agent.id)
+            self._placement.discard(agent.id)
+        self._wake.set()
 
     def _schedule(self) -> None:
-        while (line := self._queue.next_for(self._free_slots.offer)) is not None:
-            self._give(line)
+        while (decision := self._queue.next_for(self._placement)) is not None:
+            self._carry_out(decision)
 
     # --- what users hand in
 
@@ -218,51 +214,67 @@ class Dispatcher:
         Raises as :meth:`Upload.commit`.
         """
         if upload.is_small():
-            self._decide_ahead(UserQueue(request.service, request.user_id))
+            self._decide_ahead(request)
         return await upload.commit(request, message, self.settings.max_queued_jobs)
 
     async def rerun(self, source_id: int, request: JobRequest, message: str) -> Submission:
         """Store a job that has the input of another; raises as :meth:`Uploads.rerun`."""
-        self._decide_ahead(UserQueue(request.service, request.user_id))
+        self._decide_ahead(request)
         limit = self.settings.max_queued_jobs
         return await self.store.uploads.rerun(source_id, request, message, limit)
 
-    def _decide_ahead(self, line: UserQueue) -> None:
+    def _decide_ahead(self, request: JobRequest) -> None:
         """Have a job that is about to be stored given out along with that, if it may run at once.
 
-        Call it in the turn of the event loop that hands the job to the store: what makes the
-        attempt then stands right behind it, and both are one transaction. If no job comes after
-        all, nothing has happened.
+        To be called in the turn of the event loop that hands the job to the store: what makes
+        the attempt then stands right behind it, and both are one transaction. If no job comes
+        after all, nothing has happened.
         """
         self._schedule()  # who waits goes first
-        if self._queue.decide_ahead(line, self._free_slots.offer):
-            self._give(line)
+        queue = UserQueue(request.service, request.user_id)
+        demand = Demand(request.resources)
+        if decision := self._queue.decide_ahead(queue, demand, self._placement):
+            self._carry_out(decision)
 
-    def _give(self, line: UserQueue) -> None:
-        """Give the next job of a line to the least loaded agent that offers its service."""
-        agent = self._roster[self._free_slots.least_loaded(line.service)]
-        agent.reserved += 1
-        self._roster.changed(agent)
-        self._tasks.create_task(self._assign(line, agent), name=f"assign to {agent.name}")
+    def _carry_out(self, decision: Decision) -> None:
+        """Keep room for what is decided, and have the store say which job it is."""
+        reserved: dict[str, Resources] = {}
+        for demand, agent_id in decision.offers.items():
+            before = reserved.get(agent_id, NO_RESOURCES)
+            reserved[agent_id] = before.at_least(demand.resources)
+        agents = {self._roster[agent_id]: needed for agent_id, needed in reserved.items()}
+        for agent, needed in agents.items():
+            agent.reserved.append(needed)
+            self._roster.changed(agent)
+        self._tasks.create_task(self._assign(decision, agents), name=f"assign {decision.queue}")
 
-    async def _assign(self, line: UserQueue, agent: Agent) -> None:
-        assignment = await self._begin_next(line, agent)
-        agent.reserved -= 1
+    async def _assign(self, decision: Decision, agents: Mapping[Agent, Resources]) -> None:
+        assignment = await self._begin_next(decision, agents)
+        for agent, needed in agents.items():
+            agent.reserved.remove(needed)
         if assignment is None:
-            self._queue.take_back(line)
+            self._queue.take_back(decision)
         else:
-            self._deliver(assignment, agent)
-        self._roster.changed(agent)
+            self._queue.carried_out(decision, assignment.demand)
+            self._deliver(assignment, self._roster[assignment.agent_id])
+        for agent in agents:
+            self._roster.changed(agent)
 
-    async def _begin_next(self, line: UserQueue, agent: Agent) -> Assignment | None:
+    async def _begin_next(self, decision: Decision, agents: Iterable[Agent]) -> Assignment | None:
+        names = {agent.id: agent.name for agent in agents}
+        offers = {
+            demand: KnownAgent(agent_id, names[agent_id])
+            for demand, agent_id in decision.offers.items()
+        }
         try:
-            return await self.store.attempts.begin_next(line, agent.id, f"to agent {agent.name}")
+            return await self.store.attempts.begin_next(decision.queue, offers)
         except (StoreFull, StoreUnavailable) as error:
             event(
                 log,
                 "assign_failed",
                 level=logging.WARNING,
-                agent=agent.name,
+                service=decision.queue.service,
+                user=decision.queue.user_id,
                 error=str(error),
                 retry_s=STORE_RETRY_SECONDS,
             )
@@ -271,7 +283,11 @@ class Dispatcher:
 
     def _deliver(self, assignment: Assignment, agent: Agent) -> None:
         attempt = Attempt(
-            assignment.job, assignment.attempt_id, assignment.number, may_have_result=False
+            assignment.job,
+            assignment.attempt_id,
+            assignment.number,
+            assignment.demand,
+            may_have_result=False,
         )
         self._roster.hold(agent, attempt)
         event(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
-from jobs import JobState
+from jobs import Demand, JobState
 from wire.frames import Stream
 
 
@@ -24,8 +24,8 @@ class Transition:
     """One line of a job's history; ``at`` in Unix seconds, ``before`` None for the first.
 
     ``id`` grows with every transition of any job. ``attempt`` is the number within the job.
-    ``created_at``, ``started_at`` (of its last attempt) and ``message`` are what the job has
-    from then on; they are known to the feed only.
+    ``created_at``, ``started_at`` (of its last attempt), ``message`` and ``demand`` are what the
+    job has from then on; they are known to the feed only.
     """
 
     id: int
@@ -40,6 +40,7 @@ class Transition:
     created_at: float | None = field(default=None, compare=False)
     started_at: float | None = field(default=None, compare=False)
     message: str = field(default="", compare=False)
+    demand: Demand = field(default=Demand(), compare=False)
 
 
 class AgentChangeKind(enum.StrEnum):

@@ -183,6 +183,12 @@ class Resources:
         """Say whether all of it fits into ``room``."""
         return self.cpus <= room.cpus and self.memory <= room.memory and self.gpus <= room.gpus
 
+    def at_least(self, other: Resources) -> Resources:
+        """Return what has room for each of the two, one at a time."""
+        return Resources(
+            max(self.cpus, other.cpus), max(self.memory, other.memory), max(self.gpus, other.gpus)
+        )
+
     def __add__(self, other: Resources) -> Resources:
         return Resources(self.cpus + other.cpus, self.memory + other.memory, self.gpus + other.gpus)
 
@@ -190,9 +196,23 @@ class Resources:
         return Resources(self.cpus - other.cpus, self.memory - other.memory, self.gpus - other.gpus)
 
 
-NO_RESOURCES = Resources(0, 0, 0)
 DEFAULT_RESOURCES = Resources()
 """What a job gets that asks for nothing, of a service that says nothing."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Demand:
+    """What a queued job demands of the agent that gets it.
+
+    ``avoided`` are the ids, in order, of agents that lost the job before: it goes there only if
+    no other could ever run it.
+    """
+
+    resources: Resources = DEFAULT_RESOURCES
+    avoided: tuple[str, ...] = ()
+
+
+NO_RESOURCES = Resources(0, 0, 0)
 
 
 def parse_count(text: str, low: int, high: int) -> int:

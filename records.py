@@ -6,7 +6,7 @@ import enum
 import hashlib
 from dataclasses import dataclass
 
-from jobs import FileSpec, JobState
+from jobs import DEFAULT_RESOURCES, Demand, FileSpec, JobState, Resources
 from wire.frames import Stream
 
 # --- errors -----------------------------------------------------------------------
@@ -100,8 +100,9 @@ class JobRequest:
 
     ``priority`` orders the jobs of the user, the highest first. ``timeout`` in seconds, None
     for the service's limit alone. ``tags`` are pairs of key and value, each key once. ``cpus``,
-    ``memory`` in bytes and ``gpus`` are None for what the service says. ``idempotency_key``
-    names the request, so that it can be repeated without a second job.
+    ``memory`` in bytes and ``gpus`` are None for what the service says; ``resources`` are all
+    three, once that is known. ``idempotency_key`` names the request, so that it can be repeated
+    without a second job.
     """
 
     user_id: int
@@ -114,6 +115,7 @@ class JobRequest:
     cpus: int | None = None
     memory: int | None = None
     gpus: int | None = None
+    resources: Resources = DEFAULT_RESOURCES
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ class ActiveJob:
     agent_id: str
     agent_name: str
     state: JobState
+    demand: Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +169,8 @@ class Assignment:
     timeout: int | None
     files: tuple[StoredFile, ...]
     content: bytes | None
-    cpus: int | None = None
-    memory: int | None = None
-    gpus: int | None = None
+    agent_id: str
+    demand: Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +249,7 @@ class JobSummary:
     gpus: int | None
     agent: str | None
     tags: tuple[tuple[str, str], ...]
+    resources: Resources = DEFAULT_RESOURCES
 
 
 @dataclass(frozen=True, slots=True)

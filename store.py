@@ -24,6 +24,7 @@ from storage.database import HOW_TO_MAKE_WRITABLE, Database, check_sqlite_versio
 from storage.eraser import Eraser
 from storage.file import DatabaseFile
 from storage.history import History
+from storage.incarnations import Incarnations
 from storage.jobs import POSITION_LIMIT, Jobs
 from storage.output import JobOutput
 from storage.retention import Retention
@@ -70,6 +71,7 @@ class Store:
         self.attempts = Attempts(self._file, self.blobs)
         self.output = JobOutput(self._file)
         self.agents = Agents(self._file)
+        self.incarnations = Incarnations(self._file)
         self.retention = Retention(self._file, self.blobs, self._clock)
         self.tokens = Tokens(self._file)
         self._eraser = Eraser(self._file, self.blobs)
@@ -93,6 +95,7 @@ class Store:
     def _begin(self, db: Database) -> None:
         self._clock.begin(db)
         self.blobs.begin(db)
+        self.incarnations.begin(db)
         _ensure_setting(db, "agent_token", secrets.token_urlsafe(32))
         _ensure_setting(db, "probe", "")
 

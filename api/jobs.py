@@ -62,7 +62,7 @@ class JobHandlers:
             return None
         # 1: it has left the line since its state was read
         position = await self._store.jobs.queue_position(job.id) or 1
-        reason = self._dispatcher.why_waiting(UserQueue(job.service, job.user_id))
+        reason = self._dispatcher.why_waiting(UserQueue(job.service, job.user_id), job.resources)
         return {"position": position, "reason": reason}
 
     async def history(self, request: web.Request) -> web.StreamResponse:

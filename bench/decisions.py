@@ -1,8 +1,8 @@
 """The scheduling policy alone, as a process: ``python -m bench.decisions N USERS COUNT``.
 
-Fills :class:`scheduler.FairQueue` with N jobs of so many users, then prints a JSON line: for each
-of COUNT batches the seconds that one decision took. Each decision is taken back, so that the queue
-stays as long as it was.
+Fills :class:`scheduler.FairQueue` with N jobs of so many users and of twenty shapes of resources,
+then prints a JSON line: for each of COUNT batches the seconds that one decision took, the largest
+shape fitting nowhere. Each decision is taken back, so that the queue stays as long as it was.
 """
 
 from __future__ import annotations
@@ -13,33 +13,44 @@ import sys
 import time
 
 from config import ServiceLimits
+from fleet.placement import Capacity, Placement
+from jobs import Demand, Resources
 from records import UserQueue
 from scheduler import FairQueue
 
 _SERVICE = "example"
 _BATCH = 100
+_DEMANDS = tuple(Demand(Resources(cpus)) for cpus in range(1, 21))
 
 
 def _measure(jobs: int, users: int, count: int) -> list[float]:
     queue = FairQueue({_SERVICE: ServiceLimits(runs_per_user=1_000_000, max_runs=1_000_000)})
     for user in range(users):
-        queue.count(UserQueue(_SERVICE, user), waiting=len(range(user, jobs, users)), active=0)
+        for shape, demand in enumerate(_DEMANDS):
+            waiting = len(range(user + shape * users, jobs, users * len(_DEMANDS)))
+            queue.count_queued(UserQueue(_SERVICE, user), demand, waiting)
+    placement = _fleet()
     gc.collect()
     gc.freeze()  # the benchmark is about the policy, not about how Python looks for garbage
-    return [_time_batch(queue) for _ in range(count)]
+    return [_time_batch(queue, placement) for _ in range(count)]
 
 
-def _time_batch(queue: FairQueue) -> float:
+def _time_batch(queue: FairQueue, placement: Placement) -> float:
     started = time.perf_counter()
     for _ in range(_BATCH):
-        line = queue.next_for(_is_offered)
-        if line is not None:
-            queue.take_back(line)
+        decision = queue.next_for(placement)
+        if decision is not None:
+            queue.take_back(decision)
     return (time.perf_counter() - started) / _BATCH
 
 
-def _is_offered(service: str) -> bool:
-    return service == _SERVICE
+def _fleet() -> Placement:
+    """Make a hundred agents, of which the largest jobs fit into none as long as others run."""
+    placement = Placement()
+    total, free = Resources(20, 0, 4), Resources(len(_DEMANDS) - 1, 0, 4)
+    for number in range(100):
+        placement.put(f"agent{number}", Capacity(None, total, free, 10, number / 1000))
+    return placement
 
 
 if __name__ == "__main__":

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from jobs import JobState
+from jobs import Demand, JobState
 from records import ActiveJob, JobIdentity
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Attempt:
     """How far an attempt is; ``ended`` is set once it counts no more, or its result is stored."""
 
     job: JobIdentity
     id: int
     number: int
+    demand: Demand
     state: JobState = JobState.PROCESSING
     may_have_result: bool = True  # some bytes of it may be stored already
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -23,4 +24,4 @@ class Attempt:
     @classmethod
     def of(cls, active: ActiveJob) -> Attempt:
         """Make it from what the store says."""
-        return cls(active.job, active.attempt_id, active.number, active.state)
+        return cls(active.job, active.attempt_id, active.number, active.demand, active.state)

@@ -123,6 +123,7 @@ class Connection:
                     settings.max_result_bytes, settings.max_result_files, settings.max_log_bytes
                 ),
                 files=tuple(file.spec for file in assignment.files),
+                resources=assignment.demand.resources,
             )
         )
         self.send_input(attempt.id, assignment.files, 0, assignment.content)

@@ -12,7 +12,9 @@ from config import Settings, SettingsInForce
 from events import AgentChangeKind
 from fleet.attempt import Attempt
 from fleet.connection import Connection
+from fleet.placement import Capacity
 from fleet.storing import until_stored
+from jobs import NO_RESOURCES, Resources
 from records import JobIdentity, KnownAgent, Loss, Superseded
 from store import Store
 from telemetry.logs import event
@@ -29,7 +31,8 @@ class AgentStatus:
     """An agent as an operator sees it.
 
     ``services`` is None for all; ``busy`` is the number of slots in use, of ``slots``, which
-    are 0 while it stops by itself. ``heartbeat_age``: seconds since it was heard, None if not
+    are 0 while it stops by itself. ``resources`` is all it has, ``used`` what its jobs have of
+    it. ``heartbeat_age``: seconds since it was heard, None if not
     since the server started. ``load``: the load average of its machine. ``lease_left``: seconds
     until the jobs of an agent that is away go to others.
     """
@@ -40,6 +43,8 @@ class AgentStatus:
     services: tuple[str, ...] | None
     slots: int
     busy: int
+    resources: Resources
+    used: Resources
     jobs: tuple[JobIdentity, ...]
     is_connected: bool
     is_drained: bool
@@ -50,16 +55,17 @@ class AgentStatus:
     lease_left: float | None
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Agent:
     """An agent, connected or away. Away, it keeps its attempts until the lease runs out."""
 
     id: str
     name: str
     slots: int = 0
+    resources: Resources | None = None  # None: it did not say; a core for each slot
     services: frozenset[str] | None = None
     connection: Connection | None = None
-    reserved: int = 0
+    reserved: list[Resources] = field(default_factory=list)  # for jobs that are on their way
     attempts: dict[int, Attempt] = field(default_factory=dict)
     version: str | None = None
     is_drained: bool = False
@@ -70,7 +76,26 @@ class Agent:
         """Return how many more jobs it could run now."""
         if self.is_drained or self.connection is None or not self.connection.is_welcomed:
             return 0
-        return self.slots - self.reserved - len(self.attempts)
+        return self.slots - self.busy()
+
+    def busy(self) -> int:
+        """Return how many slots are in use."""
+        return len(self.reserved) + len(self.attempts)
+
+    def total(self) -> Resources:
+        """Return what it has for jobs."""
+        return self.resources or Resources(self.slots)
+
+    def used(self) -> Resources:
+        """Return what its jobs have of it."""
+        held = (attempt.demand.resources for attempt in self.attempts.values())
+        return sum((*self.reserved, *held), NO_RESOURCES)
+
+    def capacity(self) -> Capacity:
+        """Return what it has for jobs, and has free."""
+        total, used = self.total(), self.used()
+        load = max(self.busy() / self.slots, used.cpus / max(total.cpus, 1))
+        return Capacity(self.services, total, total - used, self.free_slots(), load)
 
     def offers(self, service: str) -> bool:
         """Say whether jobs of the service may run there."""
@@ -80,14 +105,14 @@ class Agent:
         """Say whether it drains, by itself or since an operator wants it."""
         return self.is_drained or not self.slots
 
+    def may_get_jobs(self) -> bool:
+        """Say whether it is there and gets jobs, now or once something is free."""
+        is_there = self.connection is not None and self.connection.is_welcomed
+        return is_there and not self.takes_nothing_new()
+
     def is_needed(self) -> bool:
         """Say whether there is a reason to know it: what it does, or what was said of it."""
-        is_busy = bool(self.attempts) or self.reserved > 0
-        return self.connection is not None or is_busy or self.is_drained
-
-    def load(self) -> float:
-        """Return the share of its slots in use."""
-        return (self.reserved + len(self.attempts)) / self.slots
+        return self.connection is not None or self.busy() > 0 or self.is_drained
 
     def status(self) -> AgentStatus:
         """Return what an operator sees of it."""
@@ -100,7 +125,9 @@ class Agent:
             version=self.version,
             services=None if self.services is None else tuple(sorted(self.services)),
             slots=self.slots,
-            busy=self.reserved + len(self.attempts),
+            busy=self.busy(),
+            resources=self.total(),
+            used=self.used(),
             jobs=tuple(attempt.job for attempt in self.attempts.values()),
             is_connected=connection is not None,
             is_drained=self.is_drained,
@@ -177,6 +204,7 @@ class Roster:
         agent.name = hello.name
         agent.version = hello.version
         agent.slots = hello.slots
+        agent.resources = hello.resources
         agent.services = None if hello.services is None else frozenset(hello.services)
         self._on_change(agent)
         try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import cast
 
 from events import AgentChange, AgentChangeKind
-from records import KnownAgent
+from records import KnownAgent, digest_of
 from storage.database import Database
 from storage.file import DatabaseFile
 
@@ -17,19 +18,42 @@ class Agents:
     def __init__(self, file: DatabaseFile) -> None:
         self._file = file
 
-    async def record_connection(self, agent_id: str, name: str) -> None:
-        """Remember an agent's name and that it connected."""
-        now = time.time()
+    async def record_connection(self, agent_id: str, name: str, secret: str | None = None) -> bool:
+        """Remember an agent's name, and that it connected with a secret (None: it has none).
 
-        def operation(db: Database) -> None:
+        Returns False, and changes nothing, if the id first came with another secret.
+        """
+        now = time.time()
+        digest = None if secret is None else digest_of(secret)
+
+        def operation(db: Database) -> bool:
+            known = db.execute(
+                "SELECT secret_sha256 FROM agent WHERE id = ?", (agent_id,)
+            ).fetchone()
+            if known is not None and known[0] not in (None, digest):
+                return False
             db.execute(
-                "INSERT INTO agent (id, name, seen_at) VALUES (?, ?, ?) ON CONFLICT (id)"
-                " DO UPDATE SET name = excluded.name, seen_at = excluded.seen_at",
-                (agent_id, name, now),
+                "INSERT INTO agent (id, name, seen_at, secret_sha256) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET name = excluded.name, away_seconds = 0,"
+                " seen_at = excluded.seen_at, secret_sha256 = excluded.secret_sha256",
+                (agent_id, name, now, digest),
             )
             _write_change(db, agent_id, name, AgentChangeKind.CONNECTED)
+            return True
 
-        await self._file.write(operation)
+        return await self._file.write(operation)
+
+    async def record_absences(self, seconds: Mapping[str, float]) -> None:
+        """Remember for how long agents have been away, by their ids."""
+        rows = [(away, agent_id) for agent_id, away in seconds.items()]
+        await self._file.write(
+            lambda db: db.executemany("UPDATE agent SET away_seconds = ? WHERE id = ?", rows)
+        )
+
+    async def absences(self) -> dict[str, float]:
+        """Return for how long agents had been away, by their ids, when that was last recorded."""
+        rows = await self._file.rows("SELECT id, away_seconds FROM agent WHERE away_seconds > 0")
+        return dict(rows)
 
     async def record_change(self, agent_id: str, name: str, kind: AgentChangeKind) -> None:
         """Write down what happened to an agent, if it has ever connected."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState
+from jobs import ACTIVE_STATES, FINAL_STATES, Demand, FileSpec, JobState
 from records import (
     NO_OUTPUT,
     ActiveJob,
     Assignment,
     JobIdentity,
+    KnownAgent,
     Loss,
     NewOutput,
     ResultMismatch,
@@ -36,6 +37,7 @@ from storage.file import DatabaseFile
 from storage.output import add_output, doom_output, drop_live_output
 from storage.transitions import (
     active_job_of_attempt,
+    demand_of,
     first_of_queue,
     job_of_attempt,
     receiving_job_of_attempt,
@@ -56,39 +58,45 @@ class Attempts:
             "orchestrator_result_bytes_total", "Bytes of results that agents delivered."
         )
 
-    async def begin_next(self, queue: UserQueue, agent_id: str, reason: str) -> Assignment | None:
-        """Give the first job of a queue to an agent; returns None if no job waits there."""
+    async def begin_next(
+        self, queue: UserQueue, offers: Mapping[Demand, KnownAgent]
+    ) -> Assignment | None:
+        """Give the first job of a queue to the agent that is offered for what it demands.
+
+        Returns None if no job waits there that demands one of these things.
+        """
 
         def operation(db: Database) -> Assignment | None:
-            before = first_of_queue(db, queue)
-            if before is None:
+            first = first_of_queue(db, queue, offers)
+            if first is None:
                 return None
+            before, demand = first
+            agent = offers[demand]
             job = dataclasses.replace(before, attempts=before.attempts + 1)
             attempt_id = cast(
                 int,
                 db.execute(
                     "INSERT INTO attempt (job_id, number, agent_id) VALUES (?, ?, ?)",
-                    (job.id, job.attempts, agent_id),
+                    (job.id, job.attempts, agent.id),
                 ).lastrowid,
             )
             db.execute(
                 "UPDATE job SET attempts = ?, attempt_id = ? WHERE id = ?",
                 (job.attempts, attempt_id, job.id),
             )
-            transition(db, job, JobState.PROCESSING, reason, message="")
-            timeout, *resources = db.execute(
-                "SELECT timeout, cpus, memory, gpus FROM job WHERE id = ?", (job.id,)
-            ).fetchone()
+            transition(db, job, JobState.PROCESSING, f"to agent {agent.name}", message="")
+            row = db.execute("SELECT timeout FROM job WHERE id = ?", (job.id,)).fetchone()
             files = files_of(db, attempt_id)
             is_small = sum(file.spec.size for file in files) <= SMALL_BYTES
             return Assignment(
                 JobIdentity(job.id, job.user_id, job.service),
                 attempt_id,
                 job.attempts,
-                timeout,
+                row[0],
                 files,
                 read_stream(db, files, 0) if is_small else None,
-                *resources,
+                agent.id,
+                demand,
             )
 
         return await self._file.write(operation)
@@ -229,7 +237,8 @@ class Attempts:
         """Return the job if it was killed in this attempt, which has not delivered it yet."""
         rows = await self._file.rows(
             """SELECT job.id, job.user_id, job.service, attempt.id,
-                      attempt.number, agent.id, agent.name, job.state
+                      attempt.number, agent.id, agent.name, job.state,
+                      needed_cpus, needed_memory, needed_gpus, avoided
                FROM attempt JOIN job ON job.id = attempt.job_id AND job.attempt_id = attempt.id
                         JOIN agent ON agent.id = attempt.agent_id
                         LEFT JOIN blob ON blob.id = attempt.result_blob
@@ -242,7 +251,8 @@ class Attempts:
         """Return all jobs that an agent holds."""
         rows = await self._file.rows(
             """SELECT job.id, job.user_id, job.service, attempt.id, attempt.number,
-                      agent.id, agent.name, job.state
+                      agent.id, agent.name, job.state,
+                      needed_cpus, needed_memory, needed_gpus, avoided
                FROM job JOIN attempt ON attempt.id = job.attempt_id
                         JOIN agent ON agent.id = attempt.agent_id
                WHERE job.state IN ('Processing', 'Submitted', 'Running') ORDER BY job.id"""
@@ -280,7 +290,7 @@ class Attempts:
 
 
 def _active_job(row: Sequence[Any]) -> ActiveJob:
-    return ActiveJob(JobIdentity(*row[:3]), row[3], row[4], row[5], row[6], JobState(row[7]))
+    return ActiveJob(*(JobIdentity(*row[:3]), *row[3:7], JobState(row[7]), demand_of(row[8:])))
 
 
 def _demand_holder(db: Database, attempt_id: int, agent_id: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from events import Transition
-from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState
+from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState, Resources
 from records import (
     AttemptRecord,
     JobDetails,
@@ -82,7 +82,8 @@ _UNSUCCESSFUL_JOBS = """SELECT id FROM job INDEXED BY job_unsuccessful
 _MATCHING_JOBS = """
     SELECT job.id, job.state, job.message, job.user_id, job.service, job.name, job.priority,
         job.timeout, job.created_at, job.changed_at, job.started_at, job.finished_at,
-        job.attempt_id, job.outcome, job.cpus, job.memory, job.gpus, agent.name
+        job.attempt_id, job.outcome, job.cpus, job.memory, job.gpus, agent.name,
+        job.needed_cpus, job.needed_memory, job.needed_gpus
     FROM json_each(:ids) AS candidate CROSS JOIN job ON job.id = candidate.value
         LEFT JOIN attempt ON attempt.id = job.attempt_id
         LEFT JOIN agent ON agent.id = attempt.agent_id
@@ -217,7 +218,8 @@ def _summaries_of(db: Database, rows: Sequence[Sequence[Any]]) -> list[JobSummar
 
 def _summary_of(row: Sequence[Any], tags: tuple[tuple[str, str], ...]) -> JobSummary:
     outcome = None if row[13] is None else JobState(row[13])
-    return JobSummary(*(row[0], JobState(row[1]), *row[2:13], outcome, *row[14:], tags))
+    needed = Resources(*row[18:])
+    return JobSummary(*(row[0], JobState(row[1]), *row[2:13], outcome, *row[14:18], tags, needed))
 
 
 def job_details(db: Database, job_id: int) -> JobDetails | None:

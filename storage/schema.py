@@ -236,6 +236,29 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
                     VALUES (NEW.user_id, NEW.state, NEW.service, 1)
                     ON CONFLICT DO UPDATE SET jobs = jobs + 1; END""",
     ),
+    (
+        # what the job needs: what was asked for, or what the service said then; memory 0: no limit
+        "ALTER TABLE job ADD COLUMN needed_cpus INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE job ADD COLUMN needed_memory INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE job ADD COLUMN needed_gpus INTEGER NOT NULL DEFAULT 0",
+        # agents that lost it, by their ids with spaces between: it goes to others first
+        "ALTER TABLE job ADD COLUMN avoided TEXT NOT NULL DEFAULT ''",
+        # attempts that were lost before their process started
+        "ALTER TABLE job ADD COLUMN early_losses INTEGER NOT NULL DEFAULT 0",
+        # the queue of each user by what its jobs demand
+        """CREATE INDEX job_demand ON job (service, user_id, needed_cpus, needed_memory,
+                needed_gpus, avoided, priority DESC, id)
+            WHERE state = 'Queued'""",
+        # each life of the database, and the first attempt that was, or will be, made in it
+        """CREATE TABLE incarnation (
+            first_attempt INTEGER PRIMARY KEY,
+            name TEXT NOT NULL
+        )""",
+        # what an agent must know to be taken for the one that first came with its id
+        "ALTER TABLE agent ADD COLUMN secret_sha256 TEXT",
+        # of its lease, how much has run
+        "ALTER TABLE agent ADD COLUMN away_seconds REAL NOT NULL DEFAULT 0",
+    ),
 )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from events import Transition
-from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, JobState
+from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, Demand, JobState, Resources
 from records import IllegalTransition, Superseded, UserQueue
 from storage.blobs import has_result
 from storage.checksums import checksum_of_row
@@ -41,12 +41,18 @@ def transition(
         raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
     now = time.time()
     # fetched to its end: only then is the statement done
-    ((created_at, started_at, message),) = db.execute(
+    ((created_at, started_at, message, *demand),) = db.execute(
         _SET_STATE[after], (after, now, job.id, message)
     ).fetchall()
     line = write_history(db, job, now, job.state, after, reason)
     db.announce(
-        dataclasses.replace(line, created_at=created_at, started_at=started_at, message=message)
+        dataclasses.replace(
+            line,
+            created_at=created_at,
+            started_at=started_at,
+            message=message,
+            demand=demand_of(demand),
+        )
     )
 
 
@@ -54,27 +60,36 @@ _SET_STATE: Mapping[JobState, str] = {
     **dict.fromkeys(
         JobState,
         "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message)"
-        " WHERE id = ?3 RETURNING created_at, started_at, message",
+        " WHERE id = ?3"
+        " RETURNING created_at, started_at, message,"
+        " needed_cpus, needed_memory, needed_gpus, avoided",
     ),
     JobState.RUNNING: (
         "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
-        " started_at = ?2 WHERE id = ?3 RETURNING created_at, started_at, message"
+        " started_at = ?2 WHERE id = ?3"
+        " RETURNING created_at, started_at, message,"
+        " needed_cpus, needed_memory, needed_gpus, avoided"
     ),
     JobState.QUEUED: (
         "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
-        " started_at = NULL WHERE id = ?3 RETURNING created_at, started_at, message"
+        " started_at = NULL WHERE id = ?3"
+        " RETURNING created_at, started_at, message,"
+        " needed_cpus, needed_memory, needed_gpus, avoided"
     ),
     **dict.fromkeys(
         FINAL_STATES,
         "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
         " finished_at = ?2, outcome = ?1, aged_from = steady_now()"
-        " WHERE id = ?3 RETURNING created_at, started_at, message",
+        " WHERE id = ?3"
+        " RETURNING created_at, started_at, message,"
+        " needed_cpus, needed_memory, needed_gpus, avoided",
     ),
     # still says how it ended
     JobState.CLEANED: (
         "UPDATE job SET state = ?1, changed_at = ?2,"
         " message = CASE message WHEN '' THEN ?4 ELSE message || '; ' || ?4 END"
-        " WHERE id = ?3 RETURNING created_at, started_at, message"
+        " WHERE id = ?3 RETURNING created_at, started_at, message,"
+        " needed_cpus, needed_memory, needed_gpus, avoided"
     ),
 }
 """How each state is entered; the times of a job are those of its last attempt."""
@@ -115,15 +130,35 @@ def job_of_attempt(db: Database, attempt_id: int) -> JobRow:
     return job_of(row)
 
 
-def first_of_queue(db: Database, queue: UserQueue) -> JobRow | None:
-    """Return the job that is next in a queue, None if the queue is empty."""
-    row = db.execute(
-        "SELECT id, user_id, service, state, attempts, lost_starts FROM job"
+def first_of_queue(
+    db: Database, queue: UserQueue, demands: Iterable[Demand]
+) -> tuple[JobRow, Demand] | None:
+    """Return the job that is next in a queue, of those with one of the demands; None for none."""
+    firsts = [(row, demand) for demand in demands if (row := _first(db, queue, demand))]
+    if not firsts:
+        return None
+    row, demand = min(firsts, key=lambda first: (-first[0][6], first[0][0]))
+    return job_of(row), demand
+
+
+def _first(db: Database, queue: UserQueue, demand: Demand) -> Sequence[Any] | None:
+    needed = demand.resources
+    row: Sequence[Any] | None = db.execute(
+        "SELECT id, user_id, service, state, attempts, lost_starts, priority FROM job"
         " WHERE state = 'Queued' AND service = ? AND user_id = ?"
+        " AND needed_cpus = ? AND needed_memory = ? AND needed_gpus = ? AND avoided = ?"
         " ORDER BY priority DESC, id LIMIT 1",
-        (queue.service, queue.user_id),
+        (
+            *(queue.service, queue.user_id, needed.cpus, needed.memory, needed.gpus),
+            " ".join(demand.avoided),
+        ),
     ).fetchone()
-    return None if row is None else job_of(row)
+    return row
+
+
+def demand_of(row: Sequence[Any]) -> Demand:
+    """Make the record of a row of cpus, memory, gpus and the agents to be avoided."""
+    return Demand(Resources(*row[:3]), tuple(row[3].split()))
 
 
 def job_with_id(db: Database, job_id: int) -> JobRow | None:

@@ -12,7 +12,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jobs import FileSpec, JobState
+from jobs import Demand, FileSpec, JobState, Resources
 from records import (
     InputGone,
     JobIdentity,
@@ -246,11 +246,13 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
     now = time.time()
     cursor = db.execute(
         "INSERT INTO job (user_id, service, name, priority, timeout, cpus, memory, gpus,"
-        " state, message, created_at, changed_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'Queued', ?, ?, ?)",
+        " needed_cpus, needed_memory, needed_gpus, state, message, created_at, changed_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'Queued', ?, ?, ?)",
         (
             *(request.user_id, request.service, request.name, request.priority, request.timeout),
-            *(request.cpus, request.memory, request.gpus, message, now, now),
+            *(request.cpus, request.memory, request.gpus),
+            *(request.resources.cpus, request.resources.memory, request.resources.gpus),
+            *(message, now, now),
         ),
     )
     job_id = cast(int, cursor.lastrowid)
@@ -263,7 +265,8 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
     )
     job = JobRow(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
     line = write_history(db, job, now, None, JobState.QUEUED, reason)
-    db.announce(dataclasses.replace(line, created_at=now, message=message))
+    demand = Demand(request.resources)
+    db.announce(dataclasses.replace(line, created_at=now, message=message, demand=demand))
     return JobIdentity(job_id, request.user_id, request.service)
 
 
@@ -388,17 +391,18 @@ def share_input(db: Database, source_id: int, job_id: int) -> None:
 def request_of(db: Database, job_id: int) -> JobRequest | None:
     """Return what was asked for with a job, None if there is no such job."""
     row = db.execute(
-        "SELECT user_id, service, name, priority, timeout, cpus, memory, gpus FROM job"
-        " WHERE id = ?",
+        "SELECT user_id, service, name, priority, timeout, cpus, memory, gpus,"
+        " needed_cpus, needed_memory, needed_gpus FROM job WHERE id = ?",
         (job_id,),
     ).fetchone()
     if row is None:
         return None
     tags = db.execute("SELECT key, value FROM tag WHERE job_id = ? ORDER BY key", (job_id,))
-    user_id, service, name, priority, timeout, cpus, memory, gpus = row
+    user_id, service, name, priority, timeout, cpus, memory, gpus, *needed = row
     return JobRequest(
         *(user_id, service, name, priority, timeout, tuple(tags.fetchall())),
         cpus=cpus,
         memory=memory,
         gpus=gpus,
+        resources=Resources(*needed),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -13,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from config import ServiceLimits
 from events import Transition
-from jobs import ACTIVE_STATES, JobState
+from fleet.placement import Capacity, Placement
+from jobs import ACTIVE_STATES, Demand, JobState, Resources
 from records import UserQueue
-from scheduler import Counts, FairQueue, FreeSlots
+from scheduler import Counts, Decision, FairQueue
 
 pytestmark = pytest.mark.quick
 
@@ -24,9 +24,18 @@ _SERVICES = sorted(_LIMITS)
 _LINES = [UserQueue(service, user) for service in _SERVICES for user in range(1, 5)]
 
 
-def anything(service: str) -> bool:
-    """Agents that offer all services."""
-    return True
+_PLENTY = Resources(1000, 2**50, 1000)
+
+
+def offering(*services: str) -> Placement:
+    """One agent that offers these services and has room without end."""
+    placement = Placement()
+    placement.put("a", Capacity(frozenset(services), _PLENTY, _PLENTY, 1000, 0.0))
+    return placement
+
+
+ANYTHING = offering(*_SERVICES)
+_PLACEMENTS = {frozenset(names): offering(*names) for names in ((), ("dock",), ("fold",))}
 
 
 @dataclass
@@ -48,7 +57,7 @@ class FairQueueModel(RuleBasedStateMachine):
         super().__init__()
         self.queue = FairQueue(_LIMITS)
         self.jobs: list[_Job] = []
-        self.under_way: list[UserQueue] = []
+        self.under_way: list[Decision] = []
         self.overtaken_by: dict[UserQueue, set[UserQueue]] = {}
 
     # --- what happens to jobs
@@ -73,17 +82,19 @@ class FairQueueModel(RuleBasedStateMachine):
 
     # --- decisions
 
-    @rule(offered=st.none() | st.frozensets(st.sampled_from(_SERVICES)))
+    @rule(offered=st.none() | st.sampled_from(sorted(_PLACEMENTS, key=sorted)))
     def decide(self, offered: frozenset[str] | None) -> None:
-        is_offered: Callable[[str], bool] = anything if offered is None else offered.__contains__
-        eligible = [line for line in _LINES if is_offered(line.service) and self._may_run(line)]
-        line = self.queue.next_for(is_offered)
-        if line is None:
+        names = frozenset(_SERVICES) if offered is None else offered
+        placement = ANYTHING if offered is None else _PLACEMENTS[offered]
+        eligible = [line for line in _LINES if line.service in names and self._may_run(line)]
+        decision = self.queue.next_for(placement)
+        if decision is None:
             assert not eligible, "work was left lying although it could run"
             return
-        assert line in eligible
-        self._note_turn(line)
-        self.under_way.append(line)
+        assert decision.queue in eligible
+        assert decision.offers == {Demand(): "a"}
+        self._note_turn(decision.queue)
+        self.under_way.append(decision)
 
     @rule(line=st.sampled_from(_LINES))
     def decide_ahead(self, line: UserQueue) -> None:
@@ -92,29 +103,31 @@ class FairQueueModel(RuleBasedStateMachine):
         is_slot_free = self._is_service_below_its_limit(line.service)
         has_quota = self._active(line) < _LIMITS[line.service].runs_per_user
         may_start = is_slot_free and has_quota and not any(map(self._may_run, others))
-        assert self.queue.decide_ahead(line, anything) == may_start
-        if may_start:
-            self.under_way.append(line)
+        decision = self.queue.decide_ahead(line, Demand(), ANYTHING)
+        assert (decision is not None) == may_start
+        if decision is not None:
+            self.under_way.append(decision)
 
     @rule(data=st.data())
     def carry_out(self, data: st.DataObject) -> None:
         if not self.under_way:
             return
-        line = data.draw(st.sampled_from(self.under_way))
-        self.under_way.remove(line)
-        waiting = [job for job in self._in(JobState.QUEUED) if job.line == line]
+        decision = data.draw(st.sampled_from(self.under_way))
+        self.under_way.remove(decision)
+        waiting = [job for job in self._in(JobState.QUEUED) if job.line == decision.queue]
         if waiting:
             first = min(waiting, key=lambda job: (-job.priority, job.id))
             self._move(first, JobState.PROCESSING)
+            self.queue.carried_out(decision, Demand())
         else:
-            self.queue.take_back(line)
+            self.queue.take_back(decision)
 
     @rule(data=st.data())
     def fail_to_carry_out(self, data: st.DataObject) -> None:
         if self.under_way:
-            line = data.draw(st.sampled_from(self.under_way))
-            self.under_way.remove(line)
-            self.queue.take_back(line)
+            decision = data.draw(st.sampled_from(self.under_way))
+            self.under_way.remove(decision)
+            self.queue.take_back(decision)
 
     @rule()
     def restart(self) -> None:
@@ -122,8 +135,9 @@ class FairQueueModel(RuleBasedStateMachine):
         self.under_way = []
         self.overtaken_by = {}
         for line in _LINES:
-            self.queue.count(line, self._count(line, JobState.QUEUED), active=0)
-            self.queue.count(line, 0, active=self._count(line, *ACTIVE_STATES))
+            self.queue.count_queued(line, Demand(), self._count(line, JobState.QUEUED))
+            for _ in range(self._count(line, *ACTIVE_STATES)):
+                self.queue.count_active(line)
 
     # --- what holds
 
@@ -138,8 +152,8 @@ class FairQueueModel(RuleBasedStateMachine):
     @invariant()
     def counts_are_those_of_the_store(self) -> None:
         for line in _LINES:
-            waiting = self._count(line, JobState.QUEUED) - self.under_way.count(line)
-            assert self.queue.counts_of_line(line) == Counts(max(waiting, 0), self._active(line))
+            waiting = self._count(line, JobState.QUEUED) - self._under_way(line)
+            assert self.queue.counts_of_queue(line) == Counts(max(waiting, 0), self._active(line))
         for name in _SERVICES:
             counted = self.queue.counts_of_service(name)
             lines = [line for line in _LINES if line.service == name]
@@ -175,8 +189,11 @@ class FairQueueModel(RuleBasedStateMachine):
     def _count(self, line: UserQueue, *states: JobState) -> int:
         return sum(job.line == line for job in self._in(*states))
 
+    def _under_way(self, line: UserQueue) -> int:
+        return sum(decision.queue == line for decision in self.under_way)
+
     def _active(self, line: UserQueue) -> int:
-        return self._count(line, *ACTIVE_STATES) + self.under_way.count(line)
+        return self._count(line, *ACTIVE_STATES) + self._under_way(line)
 
     def _may_run(self, line: UserQueue) -> bool:
         is_slot_free = self._is_service_below_its_limit(line.service)
@@ -187,7 +204,7 @@ class FairQueueModel(RuleBasedStateMachine):
         return running < _LIMITS[service].max_runs
 
     def _may_run_for_its_user(self, line: UserQueue) -> bool:
-        waiting = self._count(line, JobState.QUEUED) - self.under_way.count(line)
+        waiting = self._count(line, JobState.QUEUED) - self._under_way(line)
         return waiting > 0 and self._active(line) < _LIMITS[line.service].runs_per_user
 
 
@@ -199,8 +216,9 @@ def _take(queue: FairQueue, number: int) -> list[UserQueue]:
     """Take jobs that run at once and end at once."""
     taken = []
     for _ in range(number):
-        line = queue.next_for(anything)
-        assert line is not None
+        decision = queue.next_for(ANYTHING)
+        assert decision is not None
+        line = decision.queue
         for before, after in (
             (JobState.QUEUED, JobState.PROCESSING),
             (JobState.PROCESSING, JobState.FAILED),
@@ -210,103 +228,68 @@ def _take(queue: FairQueue, number: int) -> list[UserQueue]:
     return taken
 
 
+def _next(queue: FairQueue, placement: Placement = ANYTHING) -> UserQueue | None:
+    decision = queue.next_for(placement)
+    return None if decision is None else decision.queue
+
+
 def test_users_take_turns_however_much_one_of_them_queued() -> None:
     queue = FairQueue({"dock": ServiceLimits(runs_per_user=5, max_runs=10)})
-    queue.count(UserQueue("dock", 1), waiting=1_000_000, active=0)
-    queue.count(UserQueue("dock", 2), waiting=3, active=0)
+    queue.count_queued(UserQueue("dock", 1), Demand(), 1_000_000)
+    queue.count_queued(UserQueue("dock", 2), Demand(), 3)
     assert [line.user_id for line in _take(queue, 8)] == [1, 2, 1, 2, 1, 2, 1, 1]
 
 
 def test_services_take_turns() -> None:
     queue = FairQueue(_LIMITS)
     for service in _SERVICES:
-        queue.count(UserQueue(service, 1), waiting=3, active=0)
+        queue.count_queued(UserQueue(service, 1), Demand(), 3)
     assert [line.service for line in _take(queue, 6)] == ["dock", "fold"] * 3
 
 
 def test_jobs_that_were_active_before_a_restart_count() -> None:
     queue = FairQueue(_LIMITS)
     line = UserQueue("fold", 7)
-    queue.count(line, waiting=0, active=1)
-    queue.count(line, waiting=1, active=0)
-    assert queue.next_for(anything) is None
+    queue.count_active(line)
+    queue.count_queued(line, Demand(), 1)
+    assert _next(queue) is None
     done = Transition(0, 0, 7, "fold", 1, 0.0, JobState.RUNNING, JobState.COMPLETED, "")
     queue.follow(done)
-    assert queue.next_for(anything) == line
+    assert _next(queue) == line
 
 
 def test_other_limits_apply_from_the_next_decision_on() -> None:
     queue = FairQueue({"dock": ServiceLimits(runs_per_user=1, max_runs=1)})
     line = UserQueue("dock", 1)
-    queue.count(line, waiting=4, active=0)
-    assert queue.next_for(anything) == line
-    assert queue.next_for(anything) is None
+    queue.count_queued(line, Demand(), 4)
+    assert _next(queue) == line
+    assert _next(queue) is None
     queue.set_limits({"dock": ServiceLimits(runs_per_user=2, max_runs=9)})
-    assert queue.next_for(anything) == line
-    assert queue.next_for(anything) is None
+    assert _next(queue) == line
+    assert _next(queue) is None
     queue.set_limits({"dock": ServiceLimits(runs_per_user=1, max_runs=9)})
     queue.follow(Transition(0, 0, 1, "dock", 1, 0.0, JobState.RUNNING, JobState.COMPLETED, ""))
-    assert queue.next_for(anything) is None
+    assert _next(queue) is None
 
 
 def test_jobs_of_a_service_that_is_not_configured_wait_until_it_is() -> None:
     queue = FairQueue({})
     line = UserQueue("dock", 1)
-    queue.count(line, waiting=3, active=0)
-    assert queue.next_for(anything) is None
+    queue.count_queued(line, Demand(), 3)
+    assert _next(queue) is None
     queue.set_limits({"dock": ServiceLimits()})
-    assert queue.next_for(anything) == line
+    assert _next(queue) == line
     queue.set_limits({})
-    assert queue.next_for(anything) is None
-    queue.take_back(line)
-    assert queue.next_for(anything) is None
+    assert _next(queue) is None
+    queue.take_back(Decision(line, {Demand(): "a"}))
+    assert _next(queue) is None
     assert queue.counts_of_service("dock") == Counts(waiting=3, active=0)
 
 
 def test_a_service_that_no_free_agent_offers_is_passed_over_and_keeps_its_turn() -> None:
     queue = FairQueue(_LIMITS)
     for service in _SERVICES:
-        queue.count(UserQueue(service, 1), waiting=2, active=0)
-    assert queue.next_for("fold".__eq__) == UserQueue("fold", 1)
-    assert queue.next_for("fold".__eq__) is None  # its quota
-    assert queue.next_for(anything) == UserQueue("dock", 1)
-
-
-class FreeSlotsModel(RuleBasedStateMachine):
-    """Agents come, go and change their load; the answer is that of a search through all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slots = FreeSlots()
-        self.agents: dict[str, tuple[float, frozenset[str] | None]] = {}
-
-    @rule(
-        agent_id=st.sampled_from("abcdef"),
-        load=st.sampled_from([0.0, 0.25, 0.5]),
-        services=st.none() | st.frozensets(st.sampled_from(_SERVICES)),
-    )
-    def put(self, agent_id: str, load: float, services: frozenset[str] | None) -> None:
-        self.slots.put(agent_id, load, services)
-        self.agents[agent_id] = load, services
-
-    @rule(agent_id=st.sampled_from("abcdef"))
-    def discard(self, agent_id: str) -> None:
-        self.slots.discard(agent_id)
-        self.agents.pop(agent_id, None)
-
-    @invariant()
-    def the_least_loaded_that_offers_it_is_found(self) -> None:
-        for service in _SERVICES:
-            fitting = {
-                agent_id: load
-                for agent_id, (load, services) in self.agents.items()
-                if services is None or service in services
-            }
-            assert self.slots.offer(service) == bool(fitting)
-            if fitting:
-                chosen = self.slots.least_loaded(service)
-                assert fitting[chosen] == min(fitting.values())
-
-
-TestFreeSlotsModel = FreeSlotsModel.TestCase
-TestFreeSlotsModel.settings = settings(max_examples=60, deadline=None)
+        queue.count_queued(UserQueue(service, 1), Demand(), 2)
+    assert _next(queue, offering("fold")) == UserQueue("fold", 1)
+    assert _next(queue, offering("fold")) is None  # its quota
+    assert _next(queue) == UserQueue("dock", 1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import JobState
-from records import JobFilter, JobRequest, Loss, NotEnded
+from jobs import Demand, JobState, Resources
+from records import JobFilter, JobRequest, KnownAgent, Loss, NotEnded
 from storage import clock
 from storage.check import check
 from store import Store
@@ -106,11 +106,17 @@ async def test_what_was_asked_for_is_kept_for_the_agent_and_for_another_run(stor
     upload = store.uploads.new()
     upload.start_file("run.sh")
     await upload.finish_file()
-    asked = JobRequest(1, "example", cpus=4, memory=2**33, gpus=1)
+    needed = Resources(4, 2**33, 2)
+    asked = JobRequest(1, "example", cpus=4, memory=2**33, resources=needed)
     job = (await upload.commit(asked, "uploaded", NO_LIMIT)).job
     assert await store.jobs.request(job.id) == asked
-    assignment = await begin(store, job)
-    assert (assignment.cpus, assignment.memory, assignment.gpus) == (4, 2**33, 1)
+    demand = Demand(needed)
+    assert await store.jobs.queue_lengths() == {(job.queue, demand): 1}
+    assert await store.attempts.begin_next(job.queue, {Demand(): KnownAgent("agent-1", "")}) is None
+    offers = {Demand(): KnownAgent("agent-2", ""), demand: KnownAgent("agent-1", "one")}
+    assignment = await store.attempts.begin_next(job.queue, offers)
+    assert assignment is not None
+    assert (assignment.demand, assignment.agent_id) == (demand, "agent-1")
 
 
 @pytest.mark.parametrize("jump", [366 * 86400.0, -366 * 86400.0], ids=["ahead", "back"])

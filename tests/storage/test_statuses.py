@@ -19,7 +19,7 @@ from storage import writer
 from storage.database import Database
 from storage.statuses import LatestStatuses
 from store import Store
-from tests.storage.test_store import begin, make_job, opened, run_job, zipped
+from tests.storage.test_store import TO_AGENT, begin, make_job, opened, run_job, zipped
 from wire.messages import Finished
 
 pytestmark = pytest.mark.quick
@@ -132,9 +132,7 @@ async def test_what_others_can_read_already_is_told_before_the_commit_is_acknowl
         return outcome
 
     monkeypatch.setattr(writer, "_run_batch", run_slowly)
-    beginning = asyncio.create_task(
-        store.attempts.begin_next(UserQueue("example", 1), "agent-1", "test")
-    )
+    beginning = asyncio.create_task(store.attempts.begin_next(UserQueue("example", 1), TO_AGENT))
     try:
         await is_committed.wait()
         assert await store.jobs.status(job.id) == stored(path, job.id)

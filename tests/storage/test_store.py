@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from jobs import JobState
+from jobs import Demand, JobState
 from records import (
     Assignment,
     IllegalTransition,
@@ -25,6 +25,7 @@ from records import (
     JobFilter,
     JobIdentity,
     JobRequest,
+    KnownAgent,
     Loss,
     NewOutput,
     OutputPiece,
@@ -48,6 +49,7 @@ pytestmark = pytest.mark.quick
 
 NO_LIMIT = 1_000_000
 QUEUED = "SELECT user_id, jobs FROM job_count WHERE state = 'Queued'"
+TO_AGENT = {Demand(): KnownAgent("agent-1", "one")}
 
 
 @contextlib.asynccontextmanager
@@ -86,7 +88,7 @@ async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> 
 
 async def begin(store: Store, job: JobIdentity) -> Assignment:
     """Give a job, which must be the first of its line, to an agent."""
-    assignment = await store.attempts.begin_next(job.queue, "agent-1", "test")
+    assignment = await store.attempts.begin_next(job.queue, TO_AGENT)
     assert assignment is not None
     assert assignment.job == job
     return assignment
@@ -200,7 +202,7 @@ async def test_one_failing_operation_does_not_fail_its_neighbours(store: Store) 
     job = await make_job(store)
     outcomes = await asyncio.gather(
         store.probe(),
-        store.attempts.begin_next(job.queue, "no such agent", "test"),
+        store.attempts.begin_next(job.queue, {Demand(): KnownAgent("no such agent", "")}),
         make_job(store),
         return_exceptions=True,
     )
@@ -341,7 +343,10 @@ async def test_a_line_gives_its_jobs_by_priority_then_in_the_order_of_their_arri
         db.commit()
     expected = [jobs[index] for index in (2, 4, 0, 1, 3)]
     assert [await store.jobs.queue_position(job.id) for job in expected] == [1, 2, 3, 4, 5]
-    assert await store.jobs.queue_lengths() == {jobs[0].queue: 5, other.queue: 1}
+    assert await store.jobs.queue_lengths() == {
+        (jobs[0].queue, Demand()): 5,
+        (other.queue, Demand()): 1,
+    }
     first = await begin(store, expected[0])
     assert await store.jobs.queue_position(expected[0].id) is None
     assert await store.jobs.withdraw(expected[1].id, "not wanted")
@@ -352,9 +357,9 @@ async def test_a_line_gives_its_jobs_by_priority_then_in_the_order_of_their_arri
     assert await store.jobs.queue_position(expected[0].id) == 1
     for job in (expected[0], *expected[3:]):
         await begin(store, job)
-    assert await store.attempts.begin_next(other.queue, "agent-1", "test") is not None
+    assert await store.attempts.begin_next(other.queue, TO_AGENT) is not None
     for line in (other.queue, jobs[0].queue, UserQueue("example", 3)):
-        assert await store.attempts.begin_next(line, "agent-1", "test") is None
+        assert await store.attempts.begin_next(line, TO_AGENT) is None
     assert await store.jobs.queue_lengths() == {}
 
 
@@ -529,6 +534,8 @@ async def test_no_statement_gets_slower_with_the_number_of_jobs(
         }
     assert len(statements) > 60
     assert set(scans) == {
+        "SCAN job USING INDEX job_demand",  # the start counts the queue
+        "SCAN incarnation",  # the start reads one row for each start before
         "SCAN job USING INDEX job_final",  # the start reads the last of them, up to a limit
     }, scans
 
