@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+from tests.documents import Example, examples_of, without_numbers
 from tests.harness import PROJECT, Server, run
 
 _DOCUMENT = PROJECT / "docs" / "api.md"
-_FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Example:
-    """Commands, and what they print: ``language`` json or text, None if it is not shown."""
-
-    commands: str
-    language: str | None
-    output: str
-
-
-def _examples(document: str) -> list[Example]:
-    examples: list[Example] = []
-    for match in _FENCE.finditer(document):
-        language, text = match["language"], match["text"]
-        if language == "sh":
-            examples.append(Example(text, None, ""))
-            continue
-        assert language in ("json", "text"), language
-        assert examples and examples[-1].language is None, f"output of no command: {text}"
-        examples[-1] = Example(examples[-1].commands, language, text)
-    return examples
 
 
 def _assert_like(shown: object, actual: object, place: str) -> None:
@@ -47,15 +23,11 @@ def _assert_like(shown: object, actual: object, place: str) -> None:
         for value in shown[:1]:
             _assert_like(value, actual[0], f"{place}[0]")
     elif place.endswith((".status", ".message", ".reason", ".error")):
-        assert _without_numbers(str(actual)) == _without_numbers(str(shown)), (place, actual)
+        assert without_numbers(str(actual)) == without_numbers(str(shown)), (place, actual)
     else:
         number = (int, float)
         kind = number if isinstance(shown, number) and type(shown) is not bool else type(shown)
         assert isinstance(actual, kind), (place, shown, actual)
-
-
-def _without_numbers(text: str) -> str:
-    return re.sub(r"[0-9a-f]*[0-9][0-9a-f]*", "0", text)
 
 
 def _script(examples: list[Example], url: str, folder: Path) -> str:
@@ -72,7 +44,7 @@ def _script(examples: list[Example], url: str, folder: Path) -> str:
 
 
 async def test_every_example_of_the_api_document_works_as_shown(server: Server) -> None:
-    examples = _examples(_DOCUMENT.read_text())
+    examples = examples_of(_DOCUMENT.read_text(), "sh")
     assert len(examples) > 20
     folder = server.directory
     code, output = await run("bash", "-c", _script(examples, server.url, folder))
@@ -82,5 +54,5 @@ async def test_every_example_of_the_api_document_works_as_shown(server: Server) 
         if example.language == "json":
             _assert_like(json.loads(example.output), json.loads(printed), example.commands)
         elif example.language == "text":
-            shown = _without_numbers(example.output.rstrip("\n"))
-            assert _without_numbers(printed.rstrip("\n")) == shown, example.commands
+            shown = without_numbers(example.output.rstrip("\n"))
+            assert without_numbers(printed.rstrip("\n")) == shown, example.commands
