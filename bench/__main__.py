@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench import report
 from bench.backlog import queue
+from bench.command_line import command
 from bench.fleet import agents
 from bench.idle import idle
 from bench.measure import Figure
@@ -38,6 +39,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "agents": agents,
     "idle": idle,
     "poll": poll,
+    "command": command,
 }
 """By name, in the order in which they run."""
 
