@@ -13,7 +13,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 from urllib.parse import urlencode
 
 from orchestrator_client.address import Address
@@ -82,19 +82,29 @@ class BlockingTransport:
 
     def _new_connection(self) -> http.client.HTTPConnection:
         host, port = self._address.host, self._address.port
-        connection: http.client.HTTPConnection
+        connection = http.client.HTTPConnection(host, port)
         if self._tls is not None:
-            connection = http.client.HTTPSConnection(
-                host, port, timeout=CONNECT_SECONDS, context=self._tls
-            )
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
+            connection = http.client.HTTPSConnection(host, port, context=self._tls)
         try:
-            connection.connect()
+            connection.sock = self._connected_socket()
         except OSError as error:
-            connection.close()
             raise ConnectionFailed(_reason(error), _is_final(error)) from None
         return connection
+
+    def _connected_socket(self) -> socket.socket:
+        host = self._address.host
+        if host.isascii():
+            # getaddrinfo(3) takes bytes, too, and does without the IDNA codec, slow to import
+            host = cast(str, host.encode())
+        sock = socket.create_connection((host, self._address.port), CONNECT_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls is None:
+            return sock
+        try:
+            return self._tls.wrap_socket(sock, server_hostname=self._address.host)
+        except BaseException:
+            sock.close()
+            raise
 
     def _keep(self, connection: http.client.HTTPConnection) -> None:
         if self._is_closed or len(self._idle) >= _MAX_IDLE_CONNECTIONS:

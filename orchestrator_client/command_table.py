@@ -203,7 +203,7 @@ def parser_of(name: str, parser_type: type[P]) -> P:
 def overview() -> str:
     """Return the help of the whole program."""
     lines = [
-        "usage: orchestrator COMMAND …",
+        "usage: orchestrator COMMAND ...",
         "",
         "A job server for labs: upload files and a script, fetch the result.",
         "",

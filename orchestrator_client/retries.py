@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -128,7 +128,8 @@ class Sender:
     async def _heed_refusal(self, answer: Answer, effort: _Effort) -> None:
         """Pause if the request may be sent again, else raise the error that the status means."""
         try:
-            message = _message_of(await _read_all(answer, _LONGEST_MESSAGE_BYTES), answer.status)
+            content = await _read_all(answer, _LONGEST_MESSAGE_BYTES)
+            message = _message_of(content, answer.status, self.url)
         finally:
             await answer.close()
         status = answer.status
@@ -187,7 +188,7 @@ class _Effort:
         await self._sender.transport.sleep(pause)
 
     def _next_pause(self) -> float:
-        pause = self._pause * random.uniform(0.7, 1.3)
+        pause = self._pause * (0.7 + 0.6 * os.urandom(1)[0] / 255)  # not all clients at once
         self._pause = min(self._pause * 2, _LONGEST_PAUSE_SECONDS)
         return pause
 
@@ -207,13 +208,15 @@ async def _read_all(answer: Answer, most: int) -> bytes:
     return bytes(content)
 
 
-def _message_of(content: bytes, status: int) -> str:
+def _message_of(content: bytes, status: int, url: str) -> str:
     """Return the message of an error, in words also if something else than the API answered."""
     try:
         body = json.loads(content)
         return str(body["message"]) or f"HTTP status {status}"
     except (ValueError, KeyError, TypeError):
-        return f"HTTP status {status}, not in the words of this API"
+        if status in _COME_LATER:
+            return f"the server behind {url} is away (HTTP status {status})"
+        return f"{url} answers with HTTP status {status}, and not as this API does"
 
 
 async def read_json(answer: Answer, url: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -41,6 +42,16 @@ async def test_every_example_of_the_command_line_works_as_shown(
         )
         if example.language is not None:
             assert _like(printed) == _like(example.output), example.commands
+
+
+async def test_the_first_job_of_the_readme_runs(program: Program) -> None:
+    readme = (PROJECT / "README.md").read_text()
+    match = re.search(r"^\.venv/bin/orchestrator (run .*)$", readme, re.MULTILINE)
+    assert match is not None
+    words = shlex.split(match[1], comments=True)
+    words[words.index("examples/2oob_A.pdb")] = str(PROJECT / "examples" / "2oob_A.pdb")
+    done = await program.run(*words)
+    assert done.code == 0 and int(done.out) > 0, done
 
 
 async def test_every_example_of_the_python_client_works_as_shown(
