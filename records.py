@@ -386,3 +386,46 @@ def digest_of(secret: str) -> str:
     up tells by its timing nothing of use: who asks can't choose the digest.
     """
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# --- statistics -------------------------------------------------------------------
+
+
+class StatisticsPeriod(enum.Enum):
+    """A stretch of time up to now, by its name, with the number and the length of its steps."""
+
+    HOUR = ("1h", 60, 60)
+    DAY = ("24h", 96, 900)
+    WEEK = ("7d", 168, 3600)
+
+    def __init__(self, label: str, points: int, step_seconds: int) -> None:
+        self.label = label
+        self.points = points
+        self.step_seconds = step_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsPoint:
+    """What happened in one step that began at ``time`` (Unix seconds).
+
+    ``wait_seconds`` is the mean from upload to start of the jobs that started in it,
+    ``run_seconds`` the mean from start to stored result of those that ended; None for none.
+    """
+
+    time: int
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    killed: int = 0
+    invalid: int = 0
+    wait_seconds: float | None = None
+    run_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpace:
+    """The disk that holds the database, in bytes; ``database`` is what the database takes."""
+
+    free: int
+    total: int
+    database: int

@@ -28,6 +28,7 @@ from storage.incarnations import Incarnations
 from storage.jobs import POSITION_LIMIT, Jobs
 from storage.output import JobOutput
 from storage.retention import Retention
+from storage.statistics import Statistics
 from storage.tokens import Tokens
 from storage.uploads import Upload, Uploads
 from telemetry import metrics
@@ -74,6 +75,7 @@ class Store:
         self.incarnations = Incarnations(self._file)
         self.retention = Retention(self._file, self.blobs, self._clock)
         self.tokens = Tokens(self._file)
+        self.statistics = Statistics(self._file)
         self._eraser = Eraser(self._file, self.blobs)
 
     @classmethod

@@ -7,6 +7,7 @@ from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
 from api.access_log import note_route
 from api.agent_channel import AgentChannelHandlers
+from api.dashboard import DashboardHandlers
 from api.errors import answer_errors
 from api.events import EventHandlers
 from api.files import FileHandlers
@@ -19,6 +20,8 @@ from api.operations import OperationHandlers
 from api.output import OutputHandlers
 from api.parameters import refuse_unknown
 from api.routes import Policy, Route
+from api.statistics import StatisticsHandlers
+from api.token_list import TokenListHandlers
 from api.tokens import TokenGate
 from api.uploads import SubmitHandlers
 from config import SettingsInForce
@@ -86,10 +89,17 @@ def routes(
     many = ManyJobsHandlers(store, dispatcher, settings)
     output = OutputHandlers(store)
     events = EventHandlers(store)
+    statistics = StatisticsHandlers(store)
+    tokens = TokenListHandlers(store)
+    dashboard = DashboardHandlers()
     agents = AgentChannelHandlers(dispatcher, settings, agent_token)
     read, submitting, admin = Role.READ, Role.SUBMIT, Role.ADMIN
     return (
-        Route("GET", "/", operations.ping, None),
+        Route("GET", "/", dashboard.ping, None),
+        # files that ship with the program, no data
+        Route("GET", "/ui", dashboard.enter, None),
+        Route("GET", "/ui/", dashboard.page, None),
+        Route("GET", "/ui/{path:.+}", dashboard.file, None),
         Route("GET", "/health", operations.health, None),
         # agents have a token of their own
         Route("GET", "/agent", agents.serve, None),
@@ -116,6 +126,9 @@ def routes(
         Route("POST", "/agents/{name}/resume", operations.resume_agent, admin),
         Route("GET", "/services", operations.services, read, _NONE, True),
         Route("GET", "/metrics", operations.metrics, read, _NONE, True),
+        Route("GET", "/stats", statistics.show, read, frozenset({"period", "service"}), True),
+        Route("GET", "/token", tokens.show_own, read, _NONE, True),
+        Route("GET", "/tokens", tokens.list_all, admin),
     )
 
 

@@ -16,15 +16,21 @@ def note_caller(request: web.Request, token: Token) -> None:
     request[_CALLER] = token
 
 
+def token_of(request: web.BaseRequest) -> Token | None:
+    """Return the caller's token, None if none was needed."""
+    token: Token | None = request.get(_CALLER)
+    return token
+
+
 def caller_name(request: web.BaseRequest) -> str:
     """Return the name of the caller's token, a dash if none was needed."""
-    token = _token_of(request)
+    token = token_of(request)
     return "-" if token is None else token.name
 
 
 def user_restriction(request: web.Request) -> int | None:
     """Return the only user whose jobs the caller may see, None if it may see all."""
-    token = _token_of(request)
+    token = token_of(request)
     return None if token is None else token.user_id
 
 
@@ -45,8 +51,3 @@ def user_asked_for(request: web.Request) -> int | None:
     user_id = user_id_from(request.query["user_id"])
     check_user(request, user_id)
     return user_id
-
-
-def _token_of(request: web.BaseRequest) -> Token | None:
-    token: Token | None = request.get(_CALLER)
-    return token

@@ -41,10 +41,6 @@ class OperationHandlers:
         self._settings = settings
         self._instruments = instruments
 
-    async def ping(self, request: web.Request) -> web.StreamResponse:
-        """``GET /``: the server runs."""
-        return web.Response(text="Orchestrator is running\n")
-
     async def health(self, request: web.Request) -> web.StreamResponse:
         """``GET /health``: healthy is a server that can store jobs."""
         problem = await self._problem()

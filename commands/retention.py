@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 
 from config import SettingsInForce
 from records import StoreFull, StoreUnavailable
@@ -37,6 +38,7 @@ async def _clean_once(store: Store, max_age: int) -> float:
         event(log, "cleaned", jobs=cleaned)
     while await store.retention.forget_old_keys():
         pass
+    await store.statistics.fold(time.time())
     oldest = await store.retention.oldest_age()
     # a job that becomes final only now reaches the age no sooner than max_age from now
     due = max_age if oldest is None else max_age - oldest

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from records import StoreFull
+from records import DiskSpace, StoreFull
 from storage.database import (
     Connection,
     Database,
@@ -152,6 +152,15 @@ class DatabaseFile:
             ),
             self._writer.batch_sizes.family(),
             self._writer.commit_seconds.family(),
+        )
+
+    def disk_space(self) -> DiskSpace:
+        """Return how full the disk is that holds the file."""
+        volume = os.statvfs(self._path)
+        return DiskSpace(
+            free=volume.f_bavail * volume.f_frsize,
+            total=volume.f_blocks * volume.f_frsize,
+            database=_size_of(self._path) + self._wal_size(),
         )
 
     def _wal_size(self) -> int:

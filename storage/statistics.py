@@ -1,0 +1,94 @@
+"""How many jobs came and ended, and how long they waited and ran, minute by minute.
+
+A trigger counts with every line of history, in its transaction, so that a crash loses nothing and
+no code can forget it. Minutes are folded to hours after a day, hours are forgotten after a month:
+there are never more than some 1,600 minutes and 800 hours of a service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from records import DiskSpace, StatisticsPeriod, StatisticsPoint
+from storage.database import Database
+from storage.file import DatabaseFile
+
+_HOUR = 3600
+_KEPT_MINUTES_SECONDS = 26 * _HOUR  # a day, and the hours that are cut at its ends
+_KEPT_HOURS_SECONDS = 32 * 24 * _HOUR
+
+
+class Statistics:
+    """What is known of how jobs went, and of the disk that holds it all."""
+
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+
+    def disk_space(self) -> DiskSpace:
+        """Return how full the disk is that holds the database."""
+        return self._file.disk_space()
+
+    async def of(
+        self, period: StatisticsPeriod, now: float, service: str | None
+    ) -> list[StatisticsPoint]:
+        """Return a point for every step of the period that ends ``now`` (Unix seconds).
+
+        ``service`` None sums all services up. The last point is of the step that goes on.
+        """
+        step = period.step_seconds
+        last = int(now // step) * step
+        first = last - step * (period.points - 1)
+        rows = await self._file.rows(
+            _POINTS, {"step": step, "first": first, "last": last, "service": service}
+        )
+        points = {row[0]: _point(row) for row in rows}
+        times = range(first, last + step, step)
+        return [points.get(time, StatisticsPoint(time)) for time in times]
+
+    async def fold(self, now: float) -> None:
+        """Make hours of old minutes, and forget old hours. ``now`` in Unix seconds."""
+        minutes = int((now - _KEPT_MINUTES_SECONDS) // _HOUR) * _HOUR
+        hours = int((now - _KEPT_HOURS_SECONDS) // _HOUR) * _HOUR
+
+        def operation(db: Database) -> None:
+            db.execute(_FOLD, (minutes,))
+            db.execute("DELETE FROM statistic WHERE step = 60 AND time < ?", (minutes,))
+            db.execute("DELETE FROM statistic WHERE step = 3600 AND time < ?", (hours,))
+
+        await self._file.write(operation)
+
+
+_SUMS = """sum(submitted), sum(completed), sum(failed), sum(killed), sum(invalid),
+    sum(waits), sum(wait_seconds), sum(runs), sum(run_seconds)"""
+
+_POINTS = f"""SELECT time - time % :step AS point, {_SUMS} FROM statistic
+    WHERE step IN (60, 3600) AND time >= :first AND time < :last + :step
+        AND (:service IS NULL OR service = :service)
+    GROUP BY point"""
+"""Steps go one into the other, so a minute or an hour lies in one point whole."""
+
+_FOLD = f"""INSERT INTO statistic (step, time, service, submitted, completed, failed, killed,
+        invalid, waits, wait_seconds, runs, run_seconds)
+    SELECT 3600, time - time % 3600 AS hour, service, {_SUMS} FROM statistic
+    WHERE step = 60 AND time < ? GROUP BY hour, service
+    ON CONFLICT (step, time, service) DO UPDATE SET
+        submitted = submitted + excluded.submitted, completed = completed + excluded.completed,
+        failed = failed + excluded.failed, killed = killed + excluded.killed,
+        invalid = invalid + excluded.invalid, waits = waits + excluded.waits,
+        wait_seconds = wait_seconds + excluded.wait_seconds, runs = runs + excluded.runs,
+        run_seconds = run_seconds + excluded.run_seconds"""
+
+
+def _point(row: Sequence[Any]) -> StatisticsPoint:
+    time, submitted, completed, failed, killed, invalid, waits, waited, runs, ran = row
+    return StatisticsPoint(
+        time,
+        submitted,
+        completed,
+        failed,
+        killed,
+        invalid,
+        waited / waits if waits else None,
+        ran / runs if runs else None,
+    )
