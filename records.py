@@ -28,6 +28,10 @@ class StoreUnavailable(StoreError):
     """The file can't be read or written at the moment (I/O error, permission)."""
 
 
+class StoreBroken(StoreUnavailable):
+    """A sync failed: nobody knows what is on the disk. The store ends, and so must its server."""
+
+
 class StoreDamaged(StoreError):
     """What is stored is not what was stored: a disk, or another program, has changed it."""
 

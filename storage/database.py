@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import aiosqlite
 
-from records import StoreFull, StoreRefused, StoreUnavailable
+from records import StoreBroken, StoreFull, StoreRefused, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -69,6 +69,9 @@ async def connect(path: str) -> Connection:
     return connection
 
 
+_SYNC_FAILED = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Turn SQLite's environment errors into ours; programming errors pass as they are."""
@@ -77,7 +80,13 @@ def translated() -> Iterator[None]:
     except sqlite3.IntegrityError:
         raise
     except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        extended_code = getattr(error, "sqlite_errorcode", 0)
+        if extended_code in _SYNC_FAILED:
+            raise StoreBroken(
+                f"a sync of the database failed ({error}), so what was written last may be on the"
+                " disk or not; the server ends: start it again once the disk is sound"
+            ) from error
+        code = extended_code & 0xFF
         if code == sqlite3.SQLITE_FULL:
             raise StoreFull("the disk that holds the database is full") from error
         if code in (

@@ -12,6 +12,7 @@ from records import DiskSpace, StoreFull
 from storage.database import (
     Connection,
     Database,
+    checkpoint,
     connect,
     in_one_snapshot,
     lock_file,
@@ -66,6 +67,10 @@ class DatabaseFile:
         self._connections.append(connection)
         await connection.call(prepare_connection)
         await connection.call(migrate)
+        # After a failed sync the WAL may hold what is only in the kernel's memory, and a power
+        # cut would tear a hole below what is acknowledged from now on. So all of it is carried
+        # into the file, and synced, before anything is built on it.
+        await connection.call(checkpoint)
         await connection.call(prepare_writer)
         await connection.call(tidy)
         self._writer = Writer(connection, self._before_commit, self._publish)

@@ -6,6 +6,7 @@ All that wait when the writer comes round go into one transaction, which is sync
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import time
 from collections import deque
@@ -13,8 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from records import StoreBroken
 from storage.database import Connection, Database, translated
+from telemetry.logs import event
 from telemetry.metrics import Histogram
+
+log = logging.getLogger("orchestrator.store")
 
 T = TypeVar("T")
 
@@ -50,6 +55,7 @@ class Writer:
         self._bulk: deque[_Operation[Any]] = deque()
         self._alone: deque[_Operation[Any]] = deque()
         self._wake = asyncio.Event()
+        self._broken: StoreBroken | None = None
         self.batch_sizes = Histogram(
             "orchestrator_commit_operations",
             "Operations that were committed together.",
@@ -74,7 +80,21 @@ class Writer:
         return await self._enqueue(self._alone, function, 0)
 
     async def run(self) -> None:
-        """Commit for ever; operations that fail fail alone unless the transaction does."""
+        """Commit for ever; operations that fail fail alone unless the transaction does.
+
+        Raises :class:`StoreBroken` when a sync failed. The operations of that transaction are
+        never answered, since they may be done or not; all that wait or come later fail.
+        """
+        try:
+            await self._run()
+        except StoreBroken as error:
+            event(log, "sync_failed", level=logging.CRITICAL, error=str(error))
+            self._broken = error
+            for operation in (*self._alone, *self._short, *self._bulk):
+                _fail(operation.future, error)
+            raise
+
+    async def _run(self) -> None:
         while True:
             if self._alone:
                 await self._run_alone(self._alone.popleft())
@@ -93,6 +113,9 @@ class Writer:
         weight: int,
     ) -> asyncio.Future[T]:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        if self._broken is not None:
+            future.set_exception(self._broken)
+            return future
         queue.append(_Operation(function, weight, future))
         self._wake.set()
         return future
@@ -112,6 +135,8 @@ class Writer:
         try:
             with translated():
                 result = await self._connection.call(operation.function)
+        except StoreBroken:
+            raise
         except Exception as error:  # noqa: BLE001 - it is the caller's, who awaits it
             _fail(operation.future, error)
         else:
@@ -125,6 +150,8 @@ class Writer:
                 batch_outcome = await self._connection.call(
                     lambda db: _run_batch(db, functions, self._before_commit)
                 )
+        except StoreBroken:
+            raise
         except Exception as error:  # noqa: BLE001 - it is the callers', who await it
             for operation in batch:
                 _fail(operation.future, error)

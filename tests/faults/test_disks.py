@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.faults.sabotage import through
 from tests.harness import PROJECT, AgentProcess, Server, curl, eventually, run, running_server
 
 _MB = 1_000_000
@@ -131,6 +133,32 @@ async def test_a_disk_that_refuses_to_be_written_is_said_and_overcome_without_a_
     assert (await server.result(running)).read("stdout.log") == b"done\n"
     assert await upload(server, tmp_path) == 201
     assert len(server.query("SELECT id FROM job")) == 2
+
+
+async def test_after_a_failed_sync_nothing_is_answered_and_the_server_ends(tmp_path: Path) -> None:
+    """What was written may be there after a restart or not, so nobody is told either."""
+    async with running_server(tmp_path / "server", "--no-agent") as server:
+        before = await server.upload("true")
+        await server.stop()
+        server.through = through({"sync": True})
+        await server.start("--no-agent")
+        for _ in range(3):  # retention's first look, which writes, too, is over after these
+            assert (await curl(f"{server.url}/health")).status == 200
+        os.kill(server.pid, signal.SIGUSR1)
+        (tmp_path / "run.sh").write_text("true")
+        code, output = await run(
+            *("curl", "-sS", "-F", f"file=@{tmp_path / 'run.sh'}", "-F", "user_id=1"),
+            *("-F", "service=example", "-w", "%{http_code}", f"{server.url}/upload"),
+        )
+        assert (code, output[-3:]) == (52, b"000"), "the connection ends without an answer"
+        assert await server.wait_ended() == 2
+        assert "event=sync_failed" in server.log()
+        assert "start it again once the disk is" in server.log()
+        server.through = ()
+        await server.start("--no-agent")
+        assert (await curl(f"{server.url}/health")).status == 200
+        assert (await server.status(before))["status"] == "Queued"
+        await server.check()
 
 
 async def _refusal(database: Path, *before: str) -> str:

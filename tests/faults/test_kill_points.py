@@ -43,7 +43,7 @@ RETENTION_POINTS = {
     "cleaning": (r"UPDATE attempt SET result_blob = NULL", COMMITTED, 1),
     "erasing": (r"DELETE FROM chunk\b", COMMITTED, 2),
     "giving pages back": (r"incremental_vacuum", AFTER, 1),
-    "carrying the WAL into the file": (r"wal_checkpoint", AFTER, 1),
+    "carrying the WAL into the file": (r"wal_checkpoint", AFTER, 2),
 }
 """Points that are killed within a transaction as well are SQLite's own promise; one is enough."""
 

@@ -403,6 +403,21 @@ async def test_a_job_is_given_up_after_the_allowed_number_of_lost_starts(store: 
     assert status.message == "agent gone; given up after 2 attempts"
 
 
+async def test_what_a_crash_left_in_the_log_is_in_the_file_before_anything_is_built_on_it(
+    store: Store, path: Path, tmp_path: Path
+) -> None:
+    await make_job(store)
+    left = tmp_path / "left" / "orchestrator.db"
+    left.parent.mkdir()
+    for end in ("", "-wal"):
+        left.with_name(left.name + end).write_bytes(path.with_name(path.name + end).read_bytes())
+    assert rows(left, "SELECT id FROM job") == [(1,)]
+    async with opened(left):
+        alone = left.with_name("alone.db")
+        alone.write_bytes(left.read_bytes())
+    assert rows(alone, "SELECT id FROM job") == [(1,)]
+
+
 async def test_retention_frees_the_bytes_and_shrinks_the_file(store: Store, path: Path) -> None:
     job = await make_job(store, bytes(8 * 1024 * 1024))
     attempt_id = await run_job(store, job)
