@@ -9,16 +9,17 @@ import asyncio
 import logging
 import os
 import secrets
+from pathlib import Path
 
 import config
-from agent.attempt_directory import AttemptDirectory
+from agent.attempt_directory import AttemptDirectory, find_all, path_of
 from agent.attempts import Attempt, phase_of
 from agent.connection import Channel, Connection, Received, RetryPause, stay_connected
 from agent.executors.base import Execution, Executor
 from agent.inotify import WriteWatch
-from agent.settings import AgentSettings
+from agent.settings import AgentRefused, AgentSettings
 from agent.snapshots import SnapshotRequests, Snapshots
-from agent.workdir import identity, lock, unusable_refused
+from agent.workdir import Identity, identity, lock, unusable_refused
 from telemetry.logs import event
 from wire import codec, messages
 from wire.frames import Frame, Stream, transfer_parts
@@ -34,7 +35,8 @@ class Agent:
         self._settings = settings
         self._executor = executor
         self._attempts_path = settings.workdir / "attempts"
-        self._agent_id = ""
+        self._identity: Identity
+        self._incarnation = ""
         self._instance = secrets.token_hex(8)
         self._held: dict[int, Attempt] = {}
         self._write_watch = WriteWatch()
@@ -55,22 +57,18 @@ class Agent:
         self._snapshots = Snapshots(self._settings.workdir / "snapshots")
         try:
             with unusable_refused(self._settings.workdir):
-                self._agent_id = identity(self._settings.workdir)
+                self._identity = identity(self._settings.workdir)
             await self._executor.make_ready()
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(
                     self._executor.run(), name=f"{self._executor.name} executor"
                 )
-                for directory in await asyncio.to_thread(
-                    AttemptDirectory.find_all, self._attempts_path
-                ):
-                    execution = self._executor.execution(directory)
-                    self._hold(directory, execution, phase_of(directory, execution))
+                await self._adopt()
                 event(
                     log,
                     "agent_started",
                     agent=self._settings.name,
-                    id=self._agent_id,
+                    id=self._identity.id,
                     adopted=len(self._held),
                 )
                 await stay_connected(self._settings, self._pause, self._converse)
@@ -79,6 +77,29 @@ class Agent:
             self._write_watch.close()
             self._snapshots.close()
             os.close(held_lock)
+
+    async def _adopt(self) -> None:
+        """Take up what earlier processes have left."""
+        with unusable_refused(self._settings.workdir):
+            found = await asyncio.to_thread(find_all, self._attempts_path)
+        for path in found.unreadable:
+            # the server will hear nothing of it, and have its job run again
+            await self._end_abandoned(path)
+        # first those that are not held for long: an id may have been given out twice
+        for directory in sorted(found.attempts, key=lambda found: not found.is_dropped()):
+            execution = self._executor.execution(directory)
+            attempt = self._hold(directory, execution, phase_of(directory, execution))
+            if directory.is_dropped():
+                self._drop(attempt.id, "the server did not want it")
+
+    async def _end_abandoned(self, path: Path) -> None:
+        try:
+            await self._executor.end_abandoned(path)
+        except OSError as error:
+            raise AgentRefused(
+                f"{path}: its record can't be read, and what may still run of it can't be ended:"
+                f" {error.strerror}; start the agent again when that is mended"
+            ) from None
 
     async def drain(self) -> None:
         """Take nothing new; returns when all that is held has been delivered."""
@@ -107,14 +128,21 @@ class Agent:
     def _hello(self) -> messages.Hello:
         return messages.Hello(
             protocol=messages.PROTOCOL_VERSION,
-            agent_id=self._agent_id,
+            agent_id=self._identity.id,
+            secret=self._identity.secret,
             instance=self._instance,
             name=self._settings.name,
             version=config.VERSION,
             slots=0 if self._is_draining else self._settings.slots,
             services=self._settings.services,
             attempts=tuple(
-                messages.HeldAttempt(held.job_id, held.id, held.phase, held.directory.input_offset)
+                messages.HeldAttempt(
+                    held.job_id,
+                    held.id,
+                    held.phase,
+                    held.directory.input_offset,
+                    held.directory.incarnation,
+                )
                 for held in self._held.values()
             ),
             isolation=self._executor.isolation_offers(),
@@ -122,9 +150,10 @@ class Agent:
         )
 
     def _reconcile(self, welcome: messages.Welcome) -> None:
-        all_kept = {attempt.attempt_id: attempt for attempt in welcome.keep}
+        self._incarnation = welcome.incarnation
+        all_kept = {(kept.attempt_id, kept.incarnation): kept for kept in welcome.keep}
         for held in list(self._held.values()):
-            if kept := all_kept.get(held.id):
+            if kept := all_kept.get((held.id, held.directory.incarnation)):
                 held.connect(kept)
             else:
                 self._drop(held.id, "the server no longer wants it")
@@ -196,8 +225,8 @@ class Agent:
     def _take_assignment(self, assign: messages.Assign) -> None:
         if assign.attempt_id in self._held:
             return  # repeated
-        path = self._attempts_path / str(assign.attempt_id)
-        directory = AttemptDirectory(path, assign)
+        path = path_of(self._attempts_path, assign.attempt_id, self._incarnation)
+        directory = AttemptDirectory(path, assign, self._incarnation)
         execution = self._executor.execution(directory)
         held = self._hold(directory, execution, AttemptPhase.RECEIVING)
         held.connect(messages.KeptAttempt(held.id, 0, 0, 0))

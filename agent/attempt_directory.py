@@ -2,15 +2,19 @@
 
 The files there say how far the attempt is:
 
-    attempt.json   the Assign message, the boot   (the attempt is held)
+    attempt.json   what is to be run, and since which boot   (the attempt is held)
     job/           the working directory      (being filled, then the job's own)
     exit.new       space for what follows     (the input is whole)
     executor       a link whose text is the name of what starts the job
     ...            what that leaves for itself (``local``: the link ``process``)
     kill           the agent wants it ended
+    dropped        the server does not want it
     exit           how the job ended
     result.zip     the archive, if it is not small
-    finished.json  the Finished message       (the archive is whole)
+    finished.json  the report of the result   (the archive is whole)
+
+The directory's name is the attempt's id and the incarnation of the database that gave it out;
+``removed-`` stands before it while it is being removed.
 
 Nothing is synced: all this is for a successor of the agent's process. After a restart of
 the machine an attempt counts as lost, unless its archive has the digest of its report.
@@ -30,14 +34,22 @@ import os
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import jobs
-from agent import input_files, trees
+from agent import input_files, plain_files, trees
 from agent.captured_log import LOG_NAMES, CapturedLog
 from agent.outcomes import JobInvalid, JobLost
+from agent.records import (
+    AttemptRecord,
+    Incomplete,
+    Unreadable,
+    decode_attempt,
+    encode_attempt,
+)
 from telemetry.logs import event
-from wire import codec, messages
+from wire import messages
 from wire.messages import Assign
 
 log = logging.getLogger("orchestrator.attempt_directory")
@@ -51,14 +63,17 @@ _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # ioctl_iflags(2), where a long
 _TOP_OF_DIRECTORIES = 0x00020000
 _ATTEMPT = "attempt.json"
 _EXECUTOR = "executor"
+_REMOVED = "removed-"
 
 
 class AttemptDirectory:
     """One attempt on this machine, as far as files tell of it."""
 
-    def __init__(self, path: Path, assign: Assign) -> None:
+    def __init__(self, path: Path, assign: Assign, incarnation: str = "") -> None:
+        """``incarnation`` is that of the server's database in which the attempt has its id."""
         self.path = path
         self.assign = assign
+        self.incarnation = incarnation
         self.is_of_this_boot = True
         self._input_offset = 0
         self._whole: dict[str, str] = {}  # SHA-256 of the input files that came in one piece
@@ -76,49 +91,35 @@ class AttemptDirectory:
     def _make(self) -> None:
         try:
             self.path.mkdir(mode=0o700, parents=True)
-        except FileExistsError:  # of an agent that died before it had written attempt.json
-            trees.remove_tree(self.path)
-            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            # whose it is can't be read, else it would be held
+            raise JobLost(f"{self.path} is in the way, whatever it is") from None
         (self.path / "job").mkdir()
         input_files.make_directories(self.path / "job", (file.name for file in self.assign.files))
-        # nothing to rename: half of it can't be read, and the directory then counts for nothing
-        text = f"{_boot_id()}\n{codec.encode(self.assign)}"
-        (self.path / _ATTEMPT).write_text(text, encoding="utf-8")
+        record = AttemptRecord(self.assign, _boot_id(), self.incarnation)
+        # nothing to rename: half of it is known as such, and nobody has claimed the directory yet
+        with plain_files.open_new(self.path / _ATTEMPT) as file:
+            file.write(encode_attempt(record).encode())
 
     @classmethod
-    def find_all(cls, root: Path) -> list[AttemptDirectory]:
-        """Return the attempts under ``root``; removes what is too incomplete to be one."""
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _tell_unrelated(root)
-        found: list[AttemptDirectory] = []
-        for path in sorted(root.iterdir()):
-            try:
-                boot, text = (path / _ATTEMPT).read_text(encoding="utf-8").splitlines()
-                message = codec.decode(text)
-            except (OSError, ValueError, messages.ProtocolError) as error:
-                event(
-                    log,
-                    "directory_removed",
-                    level=logging.WARNING,
-                    path=path,
-                    error=str(error),
-                )
-                _try_to_remove(path)
-                continue
-            if isinstance(message, Assign):
-                directory = cls(path, message)
-                directory._input_offset = directory._measure_input()
-                directory.is_of_this_boot = boot == _boot_id()
-                found.append(directory)
-        return found
+    def read(cls, path: Path) -> AttemptDirectory:
+        """Return an attempt that an earlier process of the agent has left.
+
+        Raises :class:`Unreadable` or :class:`OSError`.
+        """
+        record = decode_attempt(plain_files.read_text(path / _ATTEMPT))
+        directory = cls(path, record.assign, record.incarnation)
+        directory._input_offset = directory._measure_input()
+        directory.is_of_this_boot = record.boot == _boot_id()
+        return directory
 
     def has_input(self) -> bool:
         """Whether the whole input is there and was checked; not asked of a job that was started."""
-        return (self.path / "exit.new").exists()
+        return os.path.lexists(self.path / "exit.new")
 
     def has_result(self) -> bool:
         """Whether the result was made and lies on the disk."""
-        return (self.path / "finished.json").exists()
+        return os.path.lexists(self.path / "finished.json")
 
     def claim(self, executor: str) -> None:
         """Write down which executor is about to start the job.
@@ -142,11 +143,19 @@ class AttemptDirectory:
 
     def mark_to_be_killed(self) -> None:
         """Have the job not start any more, or end, whoever sees this mark."""
-        (self.path / "kill").touch()
+        plain_files.mark(self.path / "kill")
 
     def is_to_be_killed(self) -> bool:
         """Whether the job is to end, perhaps by the wish of an earlier process of the agent."""
-        return (self.path / "kill").exists()
+        return os.path.lexists(self.path / "kill")
+
+    def mark_dropped(self) -> None:
+        """Note that the server does not want the attempt: no later process is to report it."""
+        plain_files.mark(self.path / "dropped")
+
+    def is_dropped(self) -> bool:
+        """Whether the server said that it does not want the attempt."""
+        return os.path.lexists(self.path / "dropped")
 
     def logs(self) -> tuple[CapturedLog, ...]:
         """Return the job's captured output, as far as it is."""
@@ -165,9 +174,11 @@ class AttemptDirectory:
 
     def remove(self) -> None:
         """Remove everything; in a thread, unless little is there."""
-        # this first: half a directory must not be taken for an attempt after a crash
-        (self.path / _ATTEMPT).unlink(missing_ok=True)
-        trees.remove_tree(self.path)
+        # another name first: half a directory must not be taken for an attempt after a crash
+        removed = self.path.with_name(f"{_REMOVED}{self.path.name}")
+        with suppress(FileNotFoundError):
+            self.path.rename(removed)
+        trees.remove_tree(removed)
 
     # --- input
 
@@ -213,7 +224,8 @@ class AttemptDirectory:
                 raise JobLost(f"the input file {file.name!r:.300} arrived damaged")
         # space for the exit record, which the supervisor writes over it: a full disk must not
         # make a job that has ended look like one that was lost
-        (self.path / "exit.new").write_bytes(b" " * _RECORD_BYTES)
+        with plain_files.open_new(self.path / "exit.new") as target:
+            target.write(b" " * _RECORD_BYTES)
 
     def _sha256_of_input(self, name: str) -> str:
         with input_files.read_from(self.path / "job", name) as source:
@@ -233,10 +245,56 @@ class AttemptDirectory:
         return total
 
 
-def sha256_of(path: Path) -> str:
-    """Return the digest of a file, in hexadecimal."""
-    with open(path, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What earlier processes of the agent have left: attempts, and what can't be read.
+
+    Of the latter something may run.
+    """
+
+    attempts: list[AttemptDirectory]
+    unreadable: list[Path]
+
+
+def path_of(root: Path, attempt_id: int, incarnation: str) -> Path:
+    """Return where an attempt has its directory."""
+    return root / (f"{attempt_id}.{incarnation}" if incarnation else str(attempt_id))
+
+
+def find_all(root: Path) -> Found:
+    """Return what is under ``root``; removes what is surely incomplete and was never claimed."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _tell_unrelated(root)
+    found = Found([], [])
+    for path in sorted(root.iterdir()):
+        if path.name.startswith(_REMOVED):
+            _try_to_remove(path)
+            continue
+        try:
+            found.attempts.append(AttemptDirectory.read(path))
+        except (FileNotFoundError, NotADirectoryError, Incomplete) as error:
+            if _is_claimed(path):
+                found.unreadable.append(path)
+            else:
+                event(log, "directory_removed", level=logging.WARNING, path=path, error=str(error))
+                _try_to_remove(path)
+        except (OSError, Unreadable) as error:
+            event(log, "attempt_unreadable", level=logging.ERROR, path=path, error=str(error))
+            found.unreadable.append(path)
+    return found
+
+
+def _is_claimed(path: Path) -> bool:
+    """Whether an executor may have started something there; also if that can't be found out."""
+    for name in (_EXECUTOR, "process"):
+        try:
+            (path / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return True
+        return True
+    return False
 
 
 def _check_names(assign: Assign) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from agent.attempt_directory import AttemptDirectory
 from agent.connection import Channel
@@ -121,6 +122,8 @@ class Attempt:
             return
         event(log, "dropped", job=self.job_id, attempt=self.id, reason=reason)
         self._is_dropped = True
+        with suppress(OSError):  # there may be no directory yet
+            self.directory.mark_dropped()
         self._close_transfers()
         before = self._task
         before.cancel()

@@ -20,14 +20,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent import trees
-from agent.attempt_directory import SMALL_BYTES, AttemptDirectory, sha256_of
+from agent import plain_files, trees
+from agent.attempt_directory import SMALL_BYTES, AttemptDirectory
 from agent.captured_log import CapturedLog
 from agent.outcomes import Exit, ExitKind, JobLost
-from archive.writer import ZipWriter, new_zip, zip_into
+from agent.records import Unreadable, decode_report, encode_report
+from archive.writer import ZipWriter, zip_into
 from jobs import JobState
 from telemetry.logs import event
-from wire import codec, messages
 from wire.frames import READ_BYTES
 from wire.messages import Assign, Finished, OutputLimits
 
@@ -94,10 +94,8 @@ class Result:
             excess = self._give_up_files(error)
             problem = self._archive(None)
         size = (self._path / "result.zip").stat().st_size
-        report = self._finished(
-            ended, (excess, problem), size, sha256_of(self._path / "result.zip")
-        )
-        _write_atomically(self._path / "finished.json", codec.encode(report))
+        report = self._finished(ended, (excess, problem), size, self._digest())
+        plain_files.replace_text(self._path / "finished.json", encode_report(report))
         return report
 
     def _finished(
@@ -125,7 +123,7 @@ class Result:
     def _archive(self, top: Path | None) -> str | None:
         unfinished = self._path / "result.zip.new"
         try:
-            with new_zip(unfinished) as writer:
+            with plain_files.open_new(unfinished) as target, zip_into(target, self._path) as writer:
                 entries = () if top is None else trees.walk(top)
                 problem = write_files(writer, entries, self._directory.logs())
             unfinished.rename(self._path / "result.zip")
@@ -152,14 +150,18 @@ class Result:
     def report(self) -> Finished:
         """Return the report that :meth:`make` wrote. Raises :class:`JobLost` if it is damaged."""
         try:
-            message = codec.decode((self._path / "finished.json").read_text(encoding="utf-8"))
-            digest = sha256_of(self._path / "result.zip")
-        except (OSError, messages.ProtocolError) as error:
+            report = decode_report(plain_files.read_text(self._path / "finished.json"))
+            digest = self._digest()
+        except (OSError, Unreadable) as error:
             raise JobLost(f"the record of the result can't be read: {error}") from None
         # the archive itself was not synced: the machine may have gone down with a part of it
-        if not isinstance(message, Finished) or message.result_sha256 != digest:
+        if report.result_sha256 != digest:
             raise JobLost("the result archive is damaged")
-        return message
+        return report
+
+    def _digest(self) -> str:
+        with plain_files.open_for_reading(self._path / "result.zip") as archive:
+            return hashlib.file_digest(archive, "sha256").hexdigest()
 
     async def read(self, offset: int) -> bytes:
         """Return some chunks of the archive, at least one byte.
@@ -171,7 +173,7 @@ class Result:
         return await asyncio.to_thread(self._read_archive, offset)
 
     def _read_archive(self, offset: int) -> bytes:
-        with open(self._path / "result.zip", "rb") as archive:
+        with plain_files.open_for_reading(self._path / "result.zip") as archive:
             data = os.pread(archive.fileno(), READ_BYTES, offset)
         if not data:
             raise JobLost(f"it ends after less than {offset + 1} bytes")
@@ -279,10 +281,3 @@ def write_files(
                 f"orchestrator-{name}" if name in taken else name, status, captured.content()
             )
     return f"{skipped} files or directories could not be put into the result" if skipped else None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.new")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-    unfinished.rename(path)

@@ -7,10 +7,13 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent import plain_files
 from agent.settings import AgentRefused
 from telemetry.logs import event
 
@@ -61,14 +64,27 @@ async def _take_lock(descriptor: int, workdir: Path) -> None:
         await asyncio.sleep(_LOCK_PAUSE_SECONDS)
 
 
-def identity(workdir: Path) -> str:
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who an agent is, for as long as its work directory lives; ``secret`` proves it."""
+
+    id: str
+    secret: str = field(repr=False)
+
+
+def identity(workdir: Path) -> Identity:
     """Return the identity that belongs to the work directory, made at the first start."""
-    path = workdir / "agent-id"
+    return Identity(
+        _kept(workdir / "agent-id", lambda: uuid.uuid4().hex),
+        _kept(workdir / "agent-secret", lambda: secrets.token_hex(32)),
+    )
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    """Return what a file holds, made now if there is none."""
     with contextlib.suppress(FileNotFoundError):
-        if identity := path.read_text(encoding="ascii").strip():
-            return identity
-    identity = uuid.uuid4().hex
-    unfinished = workdir / "agent-id.new"
-    unfinished.write_text(identity, encoding="ascii")
-    unfinished.rename(path)
-    return identity
+        if text := path.read_text(encoding="ascii").strip():
+            return text
+    text = make()
+    plain_files.replace_text(path, text)
+    return text

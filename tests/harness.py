@@ -274,6 +274,10 @@ class AgentProcess:
                 stderr=log,
             )
 
+    def attempt(self, attempt_id: int) -> Path:
+        """Return the directory of an attempt."""
+        return attempt_directory(self.workdir, attempt_id)
+
     def log(self) -> str:
         """Return what it has logged."""
         return (self.server.directory / f"agent-{self.name}.log").read_text()
@@ -307,6 +311,12 @@ async def running_server(
         yield server
     finally:
         await server.clean_up()
+
+
+def attempt_directory(workdir: Path, attempt_id: int) -> Path:
+    """Return where an agent with this work directory has an attempt, or would have it."""
+    attempts = workdir / "attempts"
+    return next(attempts.glob(f"{attempt_id}.*"), attempts / str(attempt_id))
 
 
 def lines(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from agent.attempt_directory import AttemptDirectory
 from agent.outcomes import Exit
@@ -122,6 +123,14 @@ class Executor(ABC):
     @abstractmethod
     def execution(self, directory: AttemptDirectory) -> Execution:
         """Return the execution of an attempt, new or left by an earlier process."""
+
+    @abstractmethod
+    async def end_abandoned(self, attempt: Path) -> None:
+        """End what runs of an attempt of which only the path of its directory is known.
+
+        Its record can't be read, but this executor may have started it. Raises
+        :class:`OSError` if that can't be done now.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -8,26 +8,32 @@ once although a request may be repeated.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
+import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from agent import plain_files
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution, Executor
-from agent.executors.records import exit_record, supervisor_errors
+from agent.executors.process_tree import ProcessTree
+from agent.executors.records import exit_record, supervisor_errors, write_exit_record
 from agent.isolation.base import PREPARING_MODULE, Allotment, CannotIsolate, Enclosure, Place
 from agent.isolation.choice import Isolator
-from agent.job_environment import DIRECTORY_VARIABLE
 from agent.outcomes import Exit, ExitKind, JobLost
 from agent.settings import AgentRefused
 from agent.supervision.launcher import Launcher, LaunchRequest, LifeLine
 from jobs import Isolation, IsolationKind, IsolationOffer
+from telemetry.logs import event
 
-_KILL_PAUSE_SECONDS = 0.01
+log = logging.getLogger("orchestrator.local")
+
 _START_TRIES = 3
+_START_SECONDS = 15.0
+_STOPPED_SECONDS = 2.0  # so long a supervisor that is past its time may be stopped
+_PATIENCE_SECONDS = 60.0  # and so long it may go on if it is not
+_LOOK_SECONDS = 1.0
 
 
 class LocalExecutor(Executor):
@@ -71,15 +77,18 @@ class LocalExecutor(Executor):
         self._isolator.adopt(Place(directory.path))
         return LocalExecution(directory, self._launcher, self._isolator)
 
+    async def end_abandoned(self, attempt: Path) -> None:
+        """End what runs in the directory of an attempt of which nothing else is known."""
+        plain_files.mark(attempt / "kill")
+        tree = ProcessTree(attempt)
+        if tree.is_claimed():
+            with suppress(JobLost):
+                await tree.end_by_force()
+        await tree.kill_leftovers()
+
     def close(self) -> None:
         """End the fork server and the supervisors that have no job."""
         self._launcher.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _ProcessIdentity:
-    pid: int
-    start: int
 
 
 class LocalExecution(Execution):
@@ -90,11 +99,12 @@ class LocalExecution(Execution):
         self._launcher = launcher
         self._isolator = isolator
         self._place = Place(directory.path)
+        self._tree = ProcessTree(directory.path)
         self._life_line: LifeLine | None = None
 
     def is_started(self) -> bool:
         """Whether a supervisor has taken the directory."""
-        return os.path.lexists(self._directory.path / "process")
+        return self._tree.is_claimed()
 
     def check_adopted(self) -> None:
         """Raise :class:`JobLost` if the machine was restarted: no process outlives that."""
@@ -120,16 +130,27 @@ class LocalExecution(Execution):
         for _ in range(_START_TRIES):
             if self.is_started():
                 return
-            life_line = await self._launcher.launch(request)
             try:
-                if await life_line.wait_for_start():
-                    self._life_line = life_line
-                    return
-            finally:
-                if self._life_line is not life_line:
-                    life_line.close()
+                async with asyncio.timeout(_START_SECONDS):
+                    if await self._launch(request):
+                        return
+            except TimeoutError:
+                # the supervisor hangs, or the fork server that was to make it; if one wakes up
+                # after all: of several supervisors only the first gets the directory
+                self._launcher.replace_fork_server()
         if not self.is_started():
             raise JobLost(f"the supervisor did not start: {self._errors()}")
+
+    async def _launch(self, request: LaunchRequest) -> bool:
+        """Have a supervisor run the job; returns whether it does."""
+        life_line = await self._launcher.launch(request)
+        try:
+            if await life_line.wait_for_start():
+                self._life_line = life_line
+        finally:
+            if self._life_line is not life_line:
+                life_line.close()
+        return self._life_line is not None
 
     def _enclosure(self, command: Command) -> Enclosure:
         """Make the directory ready for the job, and say how it is started there."""
@@ -144,35 +165,81 @@ class LocalExecution(Execution):
             raise JobLost(f"the job can't be isolated as its service asks: {error}") from None
 
     async def wait(self) -> Exit:
-        """Wait until the job and all its processes are gone, and say how it ended."""
-        ended = await self._wait_for_processes()
+        """Wait until the job and all its processes are gone, and say how it ended.
+
+        The time limit is the supervisor's to keep. One that was stopped, by its own job perhaps,
+        is ended here, with the job.
+        """
+        self.check_adopted()
+        return await self._cleaned(await self._ended_by(self._last_moment(), ExitKind.TIMEOUT))
+
+    async def kill(self) -> Exit:
+        """End the job's whole process tree, whatever its state; returns when it is gone."""
+        # The mark first: a supervisor that has not made its claim yet sees it after that.
+        self._directory.mark_to_be_killed()
+        with suppress(JobLost):
+            self.check_adopted()
+            if self.is_started() and not self._has_ended():
+                self._tree.terminate()
+            last_moment = time.monotonic() + self._directory.assign.grace_seconds
+            return await self._cleaned(await self._ended_by(last_moment, ExitKind.KILLED))
+        return Exit(ExitKind.KILLED)
+
+    async def _cleaned(self, ended: Exit) -> Exit:
         if ended.kind is not ExitKind.EXITED:
             await asyncio.to_thread(
                 self._isolator.clean_up, self._directory.assign.isolation, self._place
             )
         return ended
 
-    async def _wait_for_processes(self) -> Exit:
-        self.check_adopted()
+    def _last_moment(self) -> float | None:
+        """Return when the time limit and the grace period are over, by CLOCK_MONOTONIC."""
+        assign = self._directory.assign
+        claimed_at = self._tree.claimed_at()
+        if assign.timeout_seconds is None or claimed_at is None:
+            return None
+        return claimed_at + assign.timeout_seconds + assign.grace_seconds
+
+    async def _ended_by(self, last_moment: float | None, kind: ExitKind) -> Exit:
+        """Wait for the end; a supervisor that lets the last moment pass is ended by force."""
+        ending = asyncio.ensure_future(self._end())
+        try:
+            while last_moment is not None and not ending.done():
+                left = last_moment + _STOPPED_SECONDS - time.monotonic()
+                await asyncio.wait([ending], timeout=max(_LOOK_SECONDS, left))
+                is_over = time.monotonic() > last_moment + _PATIENCE_SECONDS
+                if not ending.done() and (is_over or (left <= 0 and self._tree.is_stopped())):
+                    return await self._end_by_force(kind)
+            return await ending
+        finally:
+            ending.cancel()
+
+    async def _end(self) -> Exit:
+        """Wait for the end, however long it takes."""
         if self._life_line is None:
-            await _end_of(self._identity())
-            await self._kill_leftovers()
+            await self._tree.supervisor_is_gone()
+            await self._tree.kill_leftovers()
         elif not await self._life_line.wait_for_end():
-            await self._kill_leftovers()
+            await self._tree.kill_leftovers()
         record = exit_record(self._directory.path)
         if record is not None:
             return record
         raise JobLost(f"the job's supervisor was killed {self._errors()}".strip())
 
-    async def kill(self) -> Exit:
-        """End the job's whole process tree, whatever its state; returns when it is gone."""
-        # The mark first: a supervisor that has not made its claim yet sees it after that.
-        self._directory.mark_to_be_killed()
-        if self.is_started() and not self._has_ended():
-            self._signal_supervisor()
-        with suppress(JobLost):
-            return await self.wait()
-        return Exit(ExitKind.KILLED)
+    async def _end_by_force(self, kind: ExitKind) -> Exit:
+        assign = self._directory.assign
+        event(
+            log,
+            "supervisor_ended_by_force",
+            level=logging.WARNING,
+            job=assign.job_id,
+            attempt=assign.attempt_id,
+        )
+        if exit_record(self._directory.path) is None:
+            # before it is killed: a crash of the agent from here on must not repeat the job
+            write_exit_record(self._directory.path, kind)
+        await self._tree.end_by_force()
+        return exit_record(self._directory.path) or Exit(kind)
 
     def forget(self) -> None:
         """Let another job have its user id."""
@@ -182,82 +249,5 @@ class LocalExecution(Execution):
         """Whether the supervisor said so; it may have another job by now."""
         return self._life_line is not None and self._life_line.has_ended()
 
-    def _signal_supervisor(self) -> None:
-        if not self._directory.is_of_this_boot:
-            return
-        identity = self._identity()
-        with suppress(ProcessLookupError):
-            descriptor = os.pidfd_open(identity.pid)
-            try:
-                if _start_time(identity.pid) == identity.start:
-                    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-            finally:
-                os.close(descriptor)
-
-    def _identity(self) -> _ProcessIdentity:
-        try:
-            pid, start = os.readlink(self._directory.path / "process").split()
-            return _ProcessIdentity(int(pid), int(start))
-        except (OSError, ValueError) as error:
-            raise JobLost(f"the record of the job's process can't be read: {error!r}") from None
-
     def _errors(self) -> str:
         return supervisor_errors(self._directory.path)
-
-    async def _kill_leftovers(self) -> None:
-        """Kill what a killed supervisor left behind, known by its environment."""
-        mark = f"{DIRECTORY_VARIABLE}={self._directory.path / 'job'}".encode()
-        while pids := await asyncio.to_thread(_processes_with, mark):
-            for pid in pids:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(_KILL_PAUSE_SECONDS)
-
-
-async def _readable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def on_readable() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(descriptor, on_readable)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(descriptor)
-
-
-async def _end_of(identity: _ProcessIdentity) -> None:
-    """Wait for the end of a process that need not be ours (pidfd_open(2))."""
-    try:
-        descriptor = os.pidfd_open(identity.pid)
-    except ProcessLookupError:
-        return
-    try:
-        # asked once the descriptor is open: from then on the pid can't be taken over
-        if _start_time(identity.pid) == identity.start:
-            await _readable(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _start_time(pid: int) -> int | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return int(text.rpartition(")")[2].split()[19])  # field 22 of proc(5)
-
-
-def _processes_with(mark: bytes) -> list[int]:
-    """Return the processes whose environment has the entry ``mark``, zombies left out."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found

@@ -6,21 +6,32 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from agent.outcomes import Exit, ExitKind
+from agent import plain_files
+from agent.outcomes import Exit, ExitKind, JobLost
 
 
 def exit_record(attempt: Path) -> Exit | None:
-    """Return how the job ended; None if the supervisor has not said so."""
+    """Return how the job ended; None if the supervisor has not said so.
+
+    Raises :class:`JobLost` if what is there is not what a supervisor writes.
+    """
     try:
-        record = json.loads((attempt / "exit").read_text(encoding="ascii"))
+        record = json.loads(plain_files.read_text(attempt / "exit"))
+        return Exit(ExitKind(record["kind"]), record.get("code", 0))
     except FileNotFoundError:
         return None
-    return Exit(ExitKind(record["kind"]), record.get("code", 0))
+    except (OSError, ValueError, KeyError) as error:
+        raise JobLost(f"the record of the job's end can't be read: {error}") from None
+
+
+def write_exit_record(attempt: Path, kind: ExitKind) -> None:
+    """Say how the job ended in the place of a supervisor that can't."""
+    plain_files.replace_text(attempt / "exit", json.dumps({"kind": kind}))
 
 
 def supervisor_errors(attempt: Path) -> str:
     """Return the end of what a failing supervisor wrote, as one line."""
     with suppress(OSError):
-        text = (attempt / "supervisor.log").read_text(encoding="utf-8", errors="replace")
+        text = plain_files.read_text(attempt / "supervisor.log")
         return " ".join(text.split())[-300:]
     return ""

@@ -188,6 +188,16 @@ class Launcher:
             self._idle.pop().close()
         self._end_fork_server()
 
+    def replace_fork_server(self) -> None:
+        """End the fork server, which does not do its work; the next job has another one started.
+
+        What it was asked for and has not made is asked for again, by those who wait for it.
+        """
+        if self._fork_server is not None:
+            log.warning("event=fork_server_hangs pid=%d", self._fork_server.process.pid)
+            self._fork_server.process.kill()
+            self._end_fork_server()
+
     async def _new_supervisor(self) -> _Supervisor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)

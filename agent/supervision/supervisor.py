@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
             os.chdir(order["directory"])
             if not _claim(identity):
                 return
-            if os.path.exists("kill"):
+            if os.path.lexists("kill"):
                 # asked for before the claim, by an agent that did not yet see this process
                 _write_atomically("exit", {"kind": "killed"})
                 return
@@ -114,7 +115,9 @@ def _tell(agent: int, word: bytes) -> None:
 
 
 def _log_failure(directory: str) -> None:
-    with open(os.path.join(directory, "supervisor.log"), "a", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    descriptor = os.open(os.path.join(directory, "supervisor.log"), flags, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
         sys.stderr = file
         sys.excepthook(*sys.exc_info())
 
@@ -126,7 +129,7 @@ def _claim(identity: str) -> bool:
     all, in one call and without a file.
     """
     try:
-        os.symlink(identity, "process")
+        os.symlink(f"{identity} {time.monotonic():.3f}", "process")
     except FileExistsError:
         return False
     return True
@@ -232,7 +235,7 @@ def _wait(job: int, deadline: float | None) -> dict[str, object]:
             return {"kind": "timeout"}
         if received.si_signo == signal.SIGTERM:
             # without the agent's mark the machine is shutting down: the job is lost, not killed
-            return {"kind": "killed" if os.path.exists("kill") else "lost"}
+            return {"kind": "killed" if os.path.lexists("kill") else "lost"}
         status = _reap().get(job)
         if status is not None:
             return _record_of(status)
@@ -343,10 +346,23 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
+def _open_own(name: str) -> int:
+    """Open a file that the agent has made, or make it; nothing else, and nothing elsewhere."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            return descriptor
+        os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name)
+    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
 def _write_atomically(name: str, content: dict[str, object]) -> None:
     # Not truncated: the agent reserved the space of the exit record, so that it can be written
-    # when the job has filled the disk.
-    descriptor = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT, 0o644)
+    # when the job has filled the disk. What the job has put in its place is not written to.
+    descriptor = _open_own(f"{name}.new")
     try:
         os.write(descriptor, json.dumps(content).ljust(_RECORD_BYTES).encode())
     finally:

@@ -23,6 +23,7 @@ from agent import command
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution, Executor
 from agent.executors.records import exit_record
+from agent.isolation.choice import Isolator
 from agent.outcomes import Exit, ExitKind, JobLost
 
 _LOOK_SECONDS = 0.02
@@ -40,7 +41,9 @@ class CrashingExecutor(Executor):
 
     name = "crashing"
 
-    def __init__(self, workdir: Path, environment: Mapping[str, str], preparing: str) -> None:
+    def __init__(
+        self, workdir: Path, environment: Mapping[str, str], isolator: Isolator, umask: int = -1
+    ) -> None:
         self._crashed = workdir / "crashed"
         self._environment = dict(environment)
 
@@ -50,6 +53,9 @@ class CrashingExecutor(Executor):
     def execution(self, directory: AttemptDirectory) -> Execution:
         self.step("execution")
         return _Execution(directory, self.step, self._environment)
+
+    async def end_abandoned(self, attempt: Path) -> None:
+        raise AssertionError("every record can be read")
 
     def close(self) -> None:
         pass

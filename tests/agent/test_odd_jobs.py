@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import FINAL, Server, eventually, running_server
+from tests.harness import FINAL, Server, attempt_directory, eventually, running_server
 
 _MIB = 1024 * 1024
 
@@ -171,8 +171,9 @@ async def test_what_is_over_a_limit_is_said_and_its_logs_are_kept(tmp_path: Path
 async def test_output_past_the_limit_takes_no_space_on_the_agents_disk(tmp_path: Path) -> None:
     async with running_server(tmp_path / "server", environment=_LIMITS) as server:
         job_id = await server.upload("yes | head -c 100000000; sleep 1000")
-        log = server.directory / "orchestrator.db.agent" / "attempts" / "1" / "stdout.log"
         await server.wait(job_id, "Running")
+        workdir = server.directory / "orchestrator.db.agent"
+        log = attempt_directory(workdir, 1) / "stdout.log"
         await eventually(lambda: log.stat().st_size == 100_000_000, "all is written")
         await eventually(lambda: log.stat().st_blocks * 512 < 2 * _MIB, "the middle is given back")
 

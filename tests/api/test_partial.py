@@ -104,7 +104,7 @@ async def test_a_request_that_ends_early_leaves_nothing_and_the_job_goes_on(
     script = f'head -c 30000000 /dev/urandom > big; until [ -e "{go}" ]; do sleep 0.05; done'
     job_id = await server.upload(script)
     await server.wait(job_id, "Running")  # before that it would be the input
-    big = agent.workdir / "attempts" / "1" / "job" / "big"
+    big = agent.attempt(1) / "job" / "big"
     await eventually(lambda: big.exists() and big.stat().st_size == 30_000_000, "it has written")
     snapshots = agent.workdir / "snapshots"
     url = f"{server.url}/download_partial/{job_id}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -34,8 +35,8 @@ def pretend_a_restart(agent: AgentProcess, server: Server) -> None:
     """End all that the agent's jobs run, and make it look as if another boot had run them."""
     end_all_but_the_server(server)
     for record in agent.workdir.glob("attempts/*/attempt.json"):
-        _, message = record.read_text().splitlines()
-        record.write_text(f"another boot\n{message}")
+        fields = json.loads(record.read_text())
+        record.write_text(json.dumps({**fields, "boot": "another"}))
 
 
 async def test_after_a_restart_of_the_machine_jobs_are_started_again_and_told_why(
@@ -55,7 +56,7 @@ async def test_after_a_restart_of_the_machine_jobs_are_started_again_and_told_wh
         await patient_server.wait(job_id, "Running")
     await agent.kill()
     await asyncio.to_thread(go.write_text, "end\n")
-    record = agent.workdir / "attempts" / str(ended) / "exit"
+    record = agent.attempt(ended) / "exit"
     await eventually(record.exists, "one ends while no agent is there")
     pretend_a_restart(agent, patient_server)
     await agent.start("--slots", "2")
@@ -154,7 +155,7 @@ async def test_a_result_that_is_damaged_on_the_agents_disk_is_made_again(
         )
         await patient_server.kill()
         await asyncio.to_thread(go.write_text, "end\n")
-        directory = agent.workdir / "attempts" / str(attempt)
+        directory = agent.attempt(attempt)
         await eventually((directory / "finished.json").exists, "it ends while no server is there")
         with open(directory / "result.zip", "r+b") as result:
             result.seek(500_000)

@@ -125,7 +125,7 @@ async def test_a_job_whose_agent_is_away_is_killed_when_it_returns_and_keeps_wha
     shell = int(lines(witness)[0])
     await agent.kill()
     await asyncio.to_thread((tmp_path / "go").write_text, "go\n")
-    record = agent.workdir / "attempts" / str(ended) / "exit"
+    record = agent.attempt(ended) / "exit"
     await eventually(record.exists, "the other has ended by itself")
     for job_id in (running, ended):
         assert await terminate(bare_server, job_id) == killed(job_id)
@@ -154,7 +154,7 @@ async def test_a_kill_goes_on_after_the_agent_was_killed_in_it(
     job_id = await bare_server.upload(f"trap '' TERM; echo $$ > {witness}; sleep 1000; sleep 1000")
     await eventually(lambda: bool(lines(witness)), "it runs")
     request = asyncio.create_task(terminate(bare_server, job_id))
-    mark = agent.workdir / "attempts" / "1" / "kill"
+    mark = agent.attempt(1) / "kill"
     await eventually(mark.exists, "the agent has begun to kill")
     agent.send(signal.SIGKILL)
     await agent.start()
