@@ -24,7 +24,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jobs import Isolation, IsolationKind
+from jobs import (
+    MAX_CPUS,
+    MAX_GPUS,
+    MAX_MEMORY_BYTES,
+    Isolation,
+    IsolationKind,
+    Resources,
+    parse_memory,
+)
 
 VERSION = "0.1.0"
 
@@ -191,6 +199,10 @@ class _Row:
     shown: str | None = None  # the default in words
 
 
+def _memory(value: object) -> int:
+    return parse_memory(str(value) if type(value) is int else _text(value))
+
+
 def _row(default: Any, parse: Callable[[object], Any], meaning: str, **more: Any) -> Any:
     return field(default=default, metadata={"row": _Row(parse, meaning, **more)})
 
@@ -223,6 +235,22 @@ class ServiceLimits:
     timeout: int | None = _row(
         None, _integer(1, LONGEST_TIMEOUT), "seconds after which a job is ended"
     )
+    cpus: int = _row(1, _integer(1, MAX_CPUS), "cores that a job gets that asks for none")
+    memory: int | None = _row(
+        None,
+        _memory,
+        "memory that such a job gets, in bytes or as `512M`, `8G`; over it, it is ended",
+    )
+    gpus: int = _row(0, _integer(0, MAX_GPUS), "GPUs that such a job gets")
+    max_cpus: int | None = _row(
+        None, _integer(1, MAX_CPUS), "cores that a job may ask for", shown="as `CPUS`"
+    )
+    max_memory: int | None = _row(
+        None, _memory, "memory that a job may ask for", shown="as `MEMORY`"
+    )
+    max_gpus: int | None = _row(
+        None, _integer(0, MAX_GPUS), "GPUs that a job may ask for", shown="as `GPUS`"
+    )
     isolation: IsolationKind = _row(
         IsolationKind.AUTO,
         _one_of(IsolationKind),
@@ -243,6 +271,23 @@ class ServiceLimits:
         "the command line that `wrapper` puts before `bash run.sh`, with `{directory}`, `{cpus}`,"
         " `{memory}`, `{gpus}`",
     )
+
+    def needs(self, cpus: int | None, memory: int | None, gpus: int | None) -> Resources:
+        """Return what a job gets that asks for this; None for what it does not ask for."""
+        return Resources(
+            self.cpus if cpus is None else cpus,
+            (self.memory or 0) if memory is None else memory,
+            self.gpus if gpus is None else gpus,
+        )
+
+    def largest(self) -> Resources:
+        """Return what a job may ask for."""
+        largest_memory = self.max_memory or self.memory or MAX_MEMORY_BYTES
+        return Resources(
+            self.cpus if self.max_cpus is None else self.max_cpus,
+            largest_memory,
+            self.gpus if self.max_gpus is None else self.max_gpus,
+        )
 
     def asked_isolation(self) -> Isolation:
         """Return what its jobs may reach."""

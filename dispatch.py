@@ -7,12 +7,13 @@ upload, an agent, a freed slot). The agents, what they hold and their leases are
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import jobs
-from config import Settings, SettingsInForce
+from config import ServiceLimits, Settings, SettingsInForce
 from events import Event, Transition
 from fleet.attempt import Attempt
 from fleet.connection import AgentSocket, Connection
@@ -213,15 +214,23 @@ class Dispatcher:
 
         Raises as :meth:`Upload.commit`.
         """
+        request = self._with_resources(request)
         if upload.is_small():
             self._decide_ahead(request)
         return await upload.commit(request, message, self.settings.max_queued_jobs)
 
     async def rerun(self, source_id: int, request: JobRequest, message: str) -> Submission:
         """Store a job that has the input of another; raises as :meth:`Uploads.rerun`."""
+        request = self._with_resources(request)
         self._decide_ahead(request)
         limit = self.settings.max_queued_jobs
         return await self.store.uploads.rerun(source_id, request, message, limit)
+
+    def _with_resources(self, request: JobRequest) -> JobRequest:
+        """Fill in what the service says where the submitter asked for nothing."""
+        limits = self.settings.services.get(request.service, ServiceLimits())
+        resources = limits.needs(request.cpus, request.memory, request.gpus)
+        return dataclasses.replace(request, resources=resources)
 
     def _decide_ahead(self, request: JobRequest) -> None:
         """Have a job that is about to be stored given out along with that, if it may run at once.
