@@ -9,15 +9,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import aiohttp
-
 import runtime
+from orchestrator_client import AsyncClient, OrchestratorError
 
 _READY = re.compile(r"ready at (http://\S+)")
 _START_SECONDS = 30.0
 _JOB_SECONDS = 60.0
 _STOP_SECONDS = 10.0
-_POLL_SECONDS = 0.05
 _ARCHIVE = Path("orchestrator-demo.zip")
 _TABLE = "table.txt"
 
@@ -30,8 +28,8 @@ def run() -> int:
     """Show the whole path once; returns 0, or 1 after saying what failed."""
     try:
         asyncio.run(_demonstrate())
-    except (DemoFailed, aiohttp.ClientError, OSError, TimeoutError) as error:
-        sys.stderr.write(f"orchestrator demo: failed: {error!r}\n")
+    except (DemoFailed, OrchestratorError, OSError, TimeoutError) as error:
+        sys.stderr.write(f"orchestrator demo: failed: {error}\n")
         return 1
     return 0
 
@@ -54,9 +52,7 @@ async def _demonstrate() -> None:
         try:
             url = await asyncio.wait_for(_ready_url(process, log_path), _START_SECONDS)
             _say(f"server    {url}")
-            async with aiohttp.ClientSession(url) as session:
-                job_id = await _submit(session)
-                await asyncio.wait_for(_wait(session, job_id), _JOB_SECONDS)
+            await _run_example(url)
         finally:
             await _stop(process)
     _show_result()
@@ -71,36 +67,15 @@ async def _ready_url(process: asyncio.subprocess.Process, log_path: Path) -> str
     return match[1]
 
 
-async def _submit(session: aiohttp.ClientSession) -> int:
+async def _run_example(url: str) -> None:
     files = sorted(path for path in runtime.data_file("examples").iterdir() if path.is_file())
-    form = aiohttp.FormData()
-    for path in files:
-        form.add_field("file", path.read_bytes(), filename=path.name)
-    form.add_field("user_id", "1")
-    form.add_field("service", "example")
-    async with session.post("/upload", data=form) as response:
-        answer = await response.json()
-    if response.status != 201:
-        raise DemoFailed(f"upload: {answer['message']}")
-    _say(f"uploaded  {', '.join(path.name for path in files)} as job {answer['id']}")
-    return int(answer["id"])
-
-
-async def _wait(session: aiohttp.ClientSession, job_id: int) -> None:
-    shown = ""
-    while True:
-        async with session.get(f"/download/{job_id}") as response:
-            if response.content_type == "application/zip":
-                _ARCHIVE.write_bytes(await response.read())
-                _say("state     Completed")
-                return
-            answer = await response.json()
-        if answer["status"] != shown:
-            shown = answer["status"]
-            _say(f"state     {shown}")
-        if shown in ("Failed", "Invalid", "Killed", "Unknown"):
-            raise DemoFailed(f"the job became {shown}: {answer['message']}")
-        await asyncio.sleep(_POLL_SECONDS)
+    async with AsyncClient(url, user_id=1) as client:
+        job = await client.submit("example", files)
+        _say(f"uploaded  {', '.join(path.name for path in files)} as job {job.id}")
+        await job.wait(_JOB_SECONDS)
+        for line in await job.history():
+            _say(f"state     {line['status']}")
+        await job.download(_ARCHIVE)
 
 
 def _show_result() -> None:

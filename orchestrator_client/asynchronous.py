@@ -250,7 +250,7 @@ class AsyncJob:
         progress: Progress | None = None,
     ) -> None:
         """Wait for it, and save its result as a ZIP. Raises :class:`JobFailed`."""
-        await self.check(timeout)
+        waiting.check_result(await self.wait(timeout))
         where = f"/download/{self.id}"
         await downloads.download(self._sender, where, Path(target), progress)
 
@@ -270,7 +270,7 @@ class AsyncJob:
         unpack_progress: Progress | None = None,
     ) -> Extraction:
         """Wait for it, and unpack its result into a directory. Raises :class:`JobFailed`."""
-        await self.check(timeout)
+        waiting.check_result(await self.wait(timeout))
         where = f"/download/{self.id}"
         return await results.unpack(self._sender, where, directory, progress, unpack_progress)
 

@@ -18,13 +18,18 @@ from orchestrator_client.errors import (
     UnusableFile,
     WaitTimeout,
 )
+from orchestrator_client.exit_codes import (
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    UNAUTHORIZED,
+    UNREACHABLE,
+    USAGE,
+    WAITED_TOO_LONG,
+)
 from orchestrator_client.identifiers import UsageError
 from orchestrator_client.output import printable, say
 from orchestrator_client.session import Interrupted
-
-FAILED, USAGE, REFUSED, UNAUTHORIZED, UNREACHABLE = 1, 2, 3, 4, 5
-WAITED_TOO_LONG = 124
-INTERRUPTED = 130
 
 _CODES: Mapping[type[Exception], int] = {
     JobFailed: FAILED,

@@ -107,7 +107,7 @@ class Job:
         progress: Progress | None = None,
     ) -> None:
         """Wait for it, and save its result as a ZIP. Raises :class:`JobFailed`."""
-        self.check(timeout)
+        waiting.check_result(self.wait(timeout))
         run(downloads.download(self._sender, f"/download/{self.id}", Path(target), progress))
 
     def download_partial(
@@ -129,7 +129,7 @@ class Job:
 
         All of it or nothing; see :func:`orchestrator_client.extraction.extract`.
         """
-        self.check(timeout)
+        waiting.check_result(self.wait(timeout))
         where = f"/download/{self.id}"
         return run(results.unpack(self._sender, where, directory, progress, unpack_progress))
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator_client.command_table import COMMANDS, module_of, overview, parser_of
-
-_DONE, _USAGE = 0, 2
-_INTERRUPTED = 128 + signal.SIGINT  # as shells tell it
-_BROKEN_PIPE = 128 + signal.SIGPIPE
+from orchestrator_client.exit_codes import BROKEN_PIPE, DONE, INTERRUPTED, USAGE
 
 _LEADING_OPTIONS = ("--url", "--profile", "--token-file", "--patience")
 
@@ -55,10 +51,10 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         # whoever read the output has enough of it; nothing more can be said there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         sys.stderr.write("orchestrator: interrupted\n")
-        return _INTERRUPTED
+        return INTERRUPTED
     return code
 
 
@@ -78,11 +74,11 @@ def _run_command(arguments: list[str]) -> int:
         if len(arguments) > 1 and arguments[1] in COMMANDS:
             return _run_command([arguments[1], "--help"])
         sys.stdout.write(f"{overview()}\n")
-        return _DONE
+        return DONE
     name, *rest = arguments
     if name not in COMMANDS:
         sys.stderr.write(f"orchestrator: there is no command {name!r}; see --help\n")
-        return _USAGE
+        return USAGE
     from orchestrator_client import failures
 
     return failures.told(lambda: _run_user_command(name, rest))

@@ -25,6 +25,7 @@ _PAGE_JOBS = 1000
 _IDS_IN_A_REQUEST = 500  # with some 8 KB of a request line, the usual limit of servers
 # the end of a job's processes is waited for before the answer comes
 _TERMINATE_SECONDS = 120.0
+_MANY_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,30 +181,27 @@ async def counts(sender: Sender, wanted: JobFilter) -> dict[str, int]:
 
 async def terminate_many(sender: Sender, wanted: JobFilter) -> BulkAnswer:
     """End all jobs of a filter that have not ended."""
-    return await _for_many(sender, "terminate", wanted, {})
+    return await _for_many(sender, "terminate", wanted)
 
 
 async def delete_many(sender: Sender, wanted: JobFilter) -> BulkAnswer:
     """Free the bytes of all jobs of a filter that have ended."""
-    return await _for_many(sender, "delete", wanted, {})
+    return await _for_many(sender, "delete", wanted)
 
 
 async def rerun_many(sender: Sender, wanted: JobFilter) -> BulkAnswer:
     """Submit all jobs of a filter once more."""
-    return await _for_many(sender, "rerun", wanted, {})
+    return await _for_many(sender, "rerun", wanted)
 
 
-async def _for_many(
-    sender: Sender, action: str, wanted: JobFilter, headers: Mapping[str, str]
-) -> BulkAnswer:
+async def _for_many(sender: Sender, action: str, wanted: JobFilter) -> BulkAnswer:
     answers = []
     for part in _in_requests(wanted):
         request = Request(
             "POST",
             f"/jobs/{action}",
             part.query(),
-            headers,
-            silence=_TERMINATE_SECONDS,
+            silence=_MANY_SECONDS,
             is_repeatable=action != "rerun",
         )
         answers.append(bulk_answer(await sender.json(request)))

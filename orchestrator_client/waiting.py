@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-from orchestrator_client.errors import JobFailed, WaitTimeout
+from orchestrator_client.errors import Conflict, JobFailed, WaitTimeout
 from orchestrator_client.events import POSITION, follow_events
 from orchestrator_client.operations import JobFilter, find, show
 from orchestrator_client.records import Event, JobInfo, JobState
@@ -98,10 +98,21 @@ def check_success(job: JobInfo) -> JobInfo:
     """Return a job that ended as ``Completed``; raises :class:`JobFailed` for any other."""
     if job.is_successful:
         return job
+    raise _failure(job)
+
+
+def check_result(job: JobInfo) -> None:
+    """Raise :class:`JobFailed` or :class:`Conflict` if an ended job has no result to fetch."""
+    check_success(job)
+    if job.state is JobState.CLEANED:
+        raise Conflict(f"the files of job {job.id} have been removed")
+
+
+def _failure(job: JobInfo) -> JobFailed:
     outcome = job.outcome or job.state
     reason = f": {job.message}" if job.message else ""
     text = f"job {job.id} {_WORDS.get(outcome, outcome)}{reason}"
-    raise JobFailed(text, job.id, outcome, job.exit_code)
+    return JobFailed(text, job.id, outcome, job.exit_code)
 
 
 _WORDS = {

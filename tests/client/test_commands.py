@@ -168,3 +168,36 @@ async def test_completion_names_every_command(program: Program, shell: str) -> N
     done = await program.run("completion", shell)
     assert done.code == 0
     assert all(name in done.out for name in ("submit", "status", "serve", "jsonl"))
+
+
+async def test_many_are_changed_by_one_request(program: Program) -> None:
+    (program.directory / "data").mkdir()
+    for number in range(25):
+        (program.directory / "data" / str(number)).write_text("")
+    _write(program.directory, run_sh="sleep 1000\n")
+    done = await program.run("submit", "run.sh", "--each", "data/*", "--tag", "p:x")
+    batch = done.out.strip()
+    refused = await program.run("delete", batch)
+    assert (refused.code, refused.out) == (3, "")
+    assert "0 deleted, 25 left" in refused.error
+    ended = await program.run("cancel", batch)
+    assert ended.code == 0 and "25 ended, 0 left" in ended.error, ended
+    again = await program.run("rerun", batch, "-o", "id")
+    assert len(again.out.split()) == 25
+    some = await program.run("delete", "@p:x")
+    assert some.code == 0 and "25 deleted, 25 left" in some.error, some
+    assert (await program.run("cancel", batch)).code == 0  # the deleted are of the batch, too
+    assert (await program.run("cancel", batch)).code == 3
+    assert (await program.run("ls", batch, "-n", "0", "--status", "cleaned", "-o", "id")).code == 0
+
+
+async def test_delete_frees_what_jobs_hold(program: Program) -> None:
+    _write(program.directory, run_sh="echo x > x\n")
+    done = await program.run("submit", "run.sh", "--wait")
+    job_id = done.out.strip()
+    assert (await program.run("delete", job_id)).out == f"{job_id}\n"
+    gone = await program.run("get", job_id)
+    assert gone.code == 3 and "removed" in gone.error, gone
+    shown = json.loads((await program.run("show", job_id, "-o", "json")).out)
+    assert (shown["status"], shown["outcome"]) == ("Cleaned", "Completed")
+    assert (await program.run("delete", "999999")).code == 2
