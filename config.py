@@ -429,6 +429,11 @@ class Settings:
         default_factory=lambda: MappingProxyType({"example": ServiceLimits()})
     )
 
+    def isolations(self) -> dict[str, Isolation]:
+        """Return, by service, what agents must be asked for before they get its jobs."""
+        asked = {name: limits.asked_isolation() for name, limits in self.services.items()}
+        return {name: isolation for name, isolation in asked.items() if isolation.needs_asking()}
+
 
 SETTINGS = _rows_of(Settings)
 """The settings of the server, in the order in which they are documented."""

@@ -158,6 +158,7 @@ class Dispatcher:
 
     def _apply_limits(self) -> None:
         self._queue.set_limits(self.settings.services)
+        self._roster.follow_settings()
         self._warn_of_services_that_stand_still()
         self._wake.set()
 

@@ -277,6 +277,10 @@ class Isolation:
         """Whether nothing was asked for, so that every agent can give it."""
         return self == DEFAULT_ISOLATION
 
+    def needs_asking(self) -> bool:
+        """Whether it depends on an agent's machine if this can be given."""
+        return not self.is_default() and self != Isolation(IsolationKind.NONE)
+
     def problem(self) -> str | None:
         """Say why these settings contradict each other, or None if they do not."""
         kind, none = self.kind, IsolationKind.NONE

@@ -198,20 +198,19 @@ class Agent:
 
     async def _check(self, asked: messages.Services) -> None:
         """Find out which services can't be offered, as their jobs can't be isolated as asked."""
-        problems: list[messages.ServiceProblem] = []
-        for service in asked.services:
-            reason = await asyncio.to_thread(self._executor.problem_with, service.isolation)
-            if reason is not None:
+        # an image may take a while to try out; nothing else is to wait for that
+        in_order = sorted(asked.services, key=lambda service: service.isolation.image is not None)
+        for service in in_order:
+            problem = await asyncio.to_thread(self._executor.problem_with, service.isolation)
+            if problem is not None:
                 event(
                     log,
                     "service_not_offered",
                     level=logging.WARNING,
                     service=service.service,
-                    reason=reason,
+                    reason=problem,
                 )
-                problems.append(messages.ServiceProblem(service.service, reason))
-        names = tuple(service.service for service in asked.services)
-        self._channel.put(messages.ServicesChecked(names, tuple(problems)))
+            self._channel.put(messages.ServiceChecked(asked.number, service.service, problem))
 
     def _take_frame(self, frame: Frame) -> None:
         attempt_id, stream = transfer_parts(frame.transfer)

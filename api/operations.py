@@ -203,6 +203,16 @@ def _agent_body(agent: AgentStatus, user_id: int | None) -> dict[str, Any]:
         "connected_since": rfc3339(agent.connected_since),
         "address": agent.address,
         "lease_left": _rounded(agent.lease_left),
+        "isolation": {
+            "default": agent.default_isolation,
+            "kinds": [
+                {"kind": offer.kind, "is_given": offer.is_given, "notes": list(offer.notes)}
+                for offer in agent.isolation
+            ],
+            "not_offered": [
+                {"service": service, "reason": problem} for service, problem in agent.problems
+            ],
+        },
     }
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from config import ServiceLimits, Settings, SettingsInForce
 from fleet.attempt import Attempt
 from fleet.snapshot_relay import SnapshotRelay
+from jobs import Isolation
 from records import Assignment, StoredFile
 from store import Store
 from wire import messages
@@ -47,6 +48,8 @@ class Connection:
     ) -> None:
         self.address = address
         self.instance = ""
+        self.asked: dict[str, Isolation] = {}
+        self.asked_number = 0
         self.is_welcomed = False
         self.ended = asyncio.Event()
         self.closing = asyncio.Event()
@@ -124,9 +127,20 @@ class Connection:
                 ),
                 files=tuple(file.spec for file in assignment.files),
                 resources=assignment.demand.resources,
+                isolation=limits.asked_isolation(),
             )
         )
         self.send_input(attempt.id, assignment.files, 0, assignment.content)
+
+    def ask_for_isolation(self) -> None:
+        """Ask the agent whether it can isolate jobs as the services demand now."""
+        asked = self.settings.isolations()
+        if asked == self.asked:
+            return
+        self.asked = asked
+        self.asked_number += 1
+        services = tuple(messages.ServiceIsolation(*item) for item in asked.items())
+        self.outbox.put(messages.Services(self.asked_number, services))
 
     def send_input(
         self,

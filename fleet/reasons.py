@@ -13,11 +13,15 @@ _ORDER = ("gpus", "memory", "cpus")  # of what is missing, the scarcest is named
 def why_no_agent(agents: Iterable[Agent], service: str, needed: Resources) -> str | None:
     """Say why no agent that is there could ever take the job; None if one could."""
     connected = [agent for agent in agents if agent.connection is not None]
-    offering = [agent for agent in connected if agent.offers(service)]
+    named = [agent for agent in connected if agent.names(service)]
+    offering = [agent for agent in named if agent.offers(service)]
     if not connected:
         return "no agent is connected"
-    if not offering:
+    if not named:
         return "no agent offers this service"
+    if not offering:
+        reasons = "; ".join(sorted(f"{agent.name}: {agent.unable[service]}" for agent in named))
+        return f"no agent can isolate its jobs as it asks ({reasons})"
     able = [agent for agent in offering if needed.fits(agent.total())]
     if not able and not all(agent.takes_nothing_new() for agent in offering):
         return _what_is_too_large(offering, needed)

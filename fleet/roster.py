@@ -14,7 +14,7 @@ from fleet.attempt import Attempt
 from fleet.connection import Connection
 from fleet.placement import Capacity
 from fleet.storing import until_stored
-from jobs import NO_RESOURCES, Resources
+from jobs import NO_RESOURCES, Isolation, IsolationKind, IsolationOffer, Resources
 from records import JobIdentity, KnownAgent, Loss, Superseded
 from store import Store
 from telemetry.logs import event
@@ -53,6 +53,9 @@ class AgentStatus:
     connected_since: float | None
     address: str | None
     lease_left: float | None
+    default_isolation: IsolationKind
+    isolation: tuple[IsolationOffer, ...]
+    problems: tuple[tuple[str, str], ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -71,6 +74,11 @@ class Agent:
     is_drained: bool = False
     heard_at: float | None = None
     lease_ends_at: float | None = None  # on the event loop's clock
+    default_isolation: IsolationKind = IsolationKind.NONE
+    isolation: tuple[IsolationOffer, ...] = ()
+    answers: dict[str, tuple[Isolation, str | None]] = field(default_factory=dict)
+    unable: dict[str, str] = field(default_factory=dict)  # why, by service
+    offered: frozenset[str] | None = None
 
     def free_slots(self) -> int:
         """Return how many more jobs it could run now."""
@@ -95,11 +103,29 @@ class Agent:
         """Return what it has for jobs, and has free."""
         total, used = self.total(), self.used()
         load = max(self.busy() / self.slots, used.cpus / max(total.cpus, 1))
-        return Capacity(self.services, total, total - used, self.free_slots(), load)
+        return Capacity(self.offered, total, total - used, self.free_slots(), load)
+
+    def names(self, service: str) -> bool:
+        """Say whether it was told to run jobs of the service."""
+        return self.services is None or service in self.services
 
     def offers(self, service: str) -> bool:
         """Say whether jobs of the service may run there."""
-        return self.services is None or service in self.services
+        return self.names(service) and service not in self.unable
+
+    def judge(self, settings: Settings) -> None:
+        """See which services it can offer, by what they ask for and what it said of that."""
+        self.unable = {}
+        for service, isolation in settings.isolations().items():
+            asked, problem = self.answers.get(service, (None, None))
+            if asked != isolation:
+                self.unable[service] = "it has not yet said whether it can isolate jobs so"
+            elif problem is not None:
+                self.unable[service] = problem
+        self.offered = self.services
+        if self.unable:
+            named = settings.services if self.services is None else self.services
+            self.offered = frozenset(named) - self.unable.keys()
 
     def takes_nothing_new(self) -> bool:
         """Say whether it drains, by itself or since an operator wants it."""
@@ -136,6 +162,9 @@ class Agent:
             connected_since=None if connection is None else connection.connected_at,
             address=None if connection is None else connection.address,
             lease_left=None if self.lease_ends_at is None else max(0.0, self.lease_ends_at - now),
+            default_isolation=self.default_isolation,
+            isolation=self.isolation,
+            problems=tuple(sorted(self.unable.items())),
         )
 
 
@@ -206,6 +235,10 @@ class Roster:
         agent.slots = hello.slots
         agent.resources = hello.resources
         agent.services = None if hello.services is None else frozenset(hello.services)
+        agent.default_isolation = hello.default_isolation
+        agent.isolation = hello.isolation
+        agent.answers = {}
+        agent.judge(self.settings)
         self._on_change(agent)
         try:
             await until_stored(lambda: self.store.agents.record_connection(agent.id, agent.name))
@@ -228,6 +261,24 @@ class Roster:
         self.write_change(agent, AgentChangeKind.DRAINING)
         agent.slots = 0
         self.changed(agent)
+
+    def follow_settings(self) -> None:
+        """Ask agents what they make of what services ask for now."""
+        for agent in self:
+            if agent.connection is not None and agent.connection.is_welcomed:
+                agent.connection.ask_for_isolation()
+            agent.judge(self.settings)
+            self.changed(agent)
+
+    def take_answer(self, agent: Agent, answer: messages.ServiceChecked) -> None:
+        """The agent said whether it can isolate the jobs of a service as that asks."""
+        connection = agent.connection
+        if connection is None or answer.number != connection.asked_number:
+            return  # the settings have changed since; it was asked again
+        if (isolation := connection.asked.get(answer.service)) is not None:
+            agent.answers[answer.service] = isolation, answer.problem
+            agent.judge(self.settings)
+            self.changed(agent)
 
     def write_change(self, agent: Agent, kind: AgentChangeKind) -> None:
         """Add to the history of the agents, without waiting for it."""

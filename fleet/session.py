@@ -151,6 +151,7 @@ class Session:
         )
         # from here on, what is assigned goes straight to the agent
         self._connection.is_welcomed = True
+        self._connection.ask_for_isolation()
         for attempt_id in remains:
             self._outbox.put(messages.Kill(attempt_id))
         present = {held.attempt_id for held in hello.attempts}
@@ -211,6 +212,8 @@ class Session:
             case messages.Drain():
                 event(log, "agent_drains", agent=self._agent.name)
                 self._roster.stop_giving(self._agent)
+            case messages.ServiceChecked():
+                self._roster.take_answer(self._agent, message)
             case messages.Acknowledge():
                 self._outbox.acknowledge(message.transfer, message.offset)
             case (

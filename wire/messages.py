@@ -128,26 +128,20 @@ class ServiceIsolation:
 class Services:
     """Server asks, after its :class:`Welcome` and whenever it changes: can you give this?
 
-    Services that ask for nothing special are not among them.
+    Services that ask for nothing special are not among them. The answers bear the ``number``.
     """
 
+    number: int
     services: tuple[ServiceIsolation, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceProblem:
-    """Why an agent can't offer one service, in a sentence."""
+class ServiceChecked:
+    """Agent's answer for one service of :class:`Services`; ``problem`` None: it can give that."""
 
+    number: int
     service: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ServicesChecked:
-    """Agent's answer to :class:`Services`: what it can give but for the ``problems``."""
-
-    services: tuple[str, ...]
-    problems: tuple[ServiceProblem, ...]
+    problem: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +297,7 @@ Message: TypeAlias = (
     Hello
     | Welcome
     | Services
-    | ServicesChecked
+    | ServiceChecked
     | Refused
     | Heartbeat
     | Drain
