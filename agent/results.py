@@ -49,6 +49,7 @@ class Result:
         self._directory = directory
         self._path = directory.path
         self._in_memory: bytes | None = None
+        self._size = 0
 
     @property
     def is_small(self) -> bool:
@@ -96,6 +97,7 @@ class Result:
         size = (self._path / "result.zip").stat().st_size
         report = self._finished(ended, (excess, problem), size, self._digest())
         plain_files.replace_text(self._path / "finished.json", encode_report(report))
+        self._size = size
         return report
 
     def _finished(
@@ -157,6 +159,7 @@ class Result:
         # the archive itself was not synced: the machine may have gone down with a part of it
         if report.result_sha256 != digest:
             raise JobLost("the result archive is damaged")
+        self._size = report.result_size
         return report
 
     def _digest(self) -> str:
@@ -166,7 +169,7 @@ class Result:
     async def read(self, offset: int) -> bytes:
         """Return some chunks of the archive, at least one byte.
 
-        Raises :class:`OSError`, or :class:`JobLost` if there is less than was reported.
+        Raises :class:`OSError`, or :class:`JobLost` if there is not as much as was reported.
         """
         if self._in_memory is not None:
             return self._in_memory[offset:]
@@ -174,10 +177,9 @@ class Result:
 
     def _read_archive(self, offset: int) -> bytes:
         with plain_files.open_for_reading(self._path / "result.zip") as archive:
-            data = os.pread(archive.fileno(), READ_BYTES, offset)
-        if not data:
-            raise JobLost(f"it ends after less than {offset + 1} bytes")
-        return data
+            if (size := os.fstat(archive.fileno()).st_size) != self._size:
+                raise JobLost(f"it has {size} bytes, not {self._size}")
+            return os.pread(archive.fileno(), READ_BYTES, offset)
 
 
 def _outcome(ended: Exit, assign: Assign) -> tuple[JobState, str]:

@@ -72,6 +72,18 @@ async def test_a_fork_server_that_hangs_delays_jobs_and_loses_none(server: Serve
     assert (await server.status(killed))["status"] == "Killed"
 
 
+async def test_a_fork_server_that_never_comes_back_is_replaced(server: Server) -> None:
+    agent = await server.agent_pid()
+    await eventually(lambda: len(fork_servers(agent)) == 1, "the fork server is up")
+    (process,) = fork_servers(agent)
+    process.suspend()
+    job_id = await server.upload("echo late > out")
+    assert (await server.result(job_id, seconds=60)).read("out") == b"late\n"
+    assert "event=fork_server_hangs" in server.log()
+    assert fork_servers(agent) != [process]
+    assert server.query("SELECT count(*) FROM attempt") == [(1,)]
+
+
 async def test_a_supervisor_runs_one_job_after_the_other_and_mixes_nothing_up(
     server: Server, tmp_path: Path
 ) -> None:

@@ -214,3 +214,15 @@ async def test_two_gigabytes_of_output_and_a_million_files(tmp_path: Path) -> No
         )
         print(f"agent: {before >> 20} MiB before, {peak >> 20} MiB at most")  # noqa: T201
         assert peak - before < 32 * _MIB
+
+
+@pytest.mark.parametrize("variable", ["LC_ALL", "LANG"])
+async def test_names_that_are_not_ascii_come_through_whatever_the_locale(
+    tmp_path: Path, variable: str
+) -> None:
+    environment = {"LC_ALL": "", "LC_CTYPE": "", "LANG": "", variable: "POSIX"}
+    async with running_server(tmp_path / "server", environment=environment) as server:
+        script = "cat 'Größe 中.txt' > 'Ausgabe ß.txt'; echo \"$ORCHESTRATOR_SERVICE\""
+        job_id = await server.upload(script, {"Größe 中.txt": "Inhalt ü".encode()})
+        archive = await server.result(job_id)
+        assert archive.read("Größe 中.txt") == archive.read("Ausgabe ß.txt") == "Inhalt ü".encode()
