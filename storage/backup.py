@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import TypeAlias
 
-from records import StoreError, StoreRefused
+from records import StoreError, StoreRefused, digest_of
 from storage.database import opened_by_command
 from storage.schema import demand_ours
 
@@ -37,12 +37,14 @@ def back_up(path: str, target: str, progress: Progress) -> None:
             source.execute("BEGIN")
             source.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             demand_ours(source, path)
-            with closing(sqlite3.connect(unfinished)) as copy:
+            _create_private(unfinished)
+            with closing(sqlite3.connect(unfinished, isolation_level=None)) as copy:
                 source.backup(
                     copy,
                     pages=_BACKUP_PAGES,
                     progress=lambda _, left, total: progress(total - left, total),
                 )
+                _forget_agent_token(copy)
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok":
             raise StoreError(f"{target}: the copy is damaged: {found}")
@@ -53,6 +55,27 @@ def back_up(path: str, target: str, progress: Progress) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(unfinished)
+
+
+def _create_private(path: str) -> None:
+    """Make an empty file that only its owner reads, before the first byte is in it."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)  # left by a backup that was killed
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def _forget_agent_token(copy: sqlite3.Connection) -> None:
+    """Keep of the agent token what it takes to know it again: whoever has a backup is no agent."""
+    copy.execute("PRAGMA secure_delete = ON")
+    row = copy.execute("SELECT value FROM setting WHERE name = 'agent_token'").fetchone()
+    if row is not None:
+        copy.execute("BEGIN")
+        copy.execute(
+            "INSERT OR REPLACE INTO setting (name, value) VALUES ('agent_token_sha256', ?)",
+            (digest_of(row[0]),),
+        )
+        copy.execute("DELETE FROM setting WHERE name = 'agent_token'")
+        copy.execute("COMMIT")
 
 
 def _sync(path: str) -> None:

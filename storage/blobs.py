@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 from archive.reader import ENDING_BYTES, has_whole_ending
 from jobs import FileSpec
@@ -26,7 +27,9 @@ from wire.messages import Finished
 
 log = logging.getLogger("orchestrator.store")
 
-ERASE_CHUNKS = 16
+_ERASE_BYTES = 4 * 1024 * 1024
+_ERASE_BLOBS = 512
+_PAGE_BYTES = 8192
 SMALL_BYTES = 64 * 1024
 """What is read along with the row that refers to it, to save the hop; within one chunk."""
 CHUNK_INDEX_BITS = 20  # 2**20 chunks of 256 KiB: blobs up to 256 GiB
@@ -116,21 +119,40 @@ class Blobs:
             self._abandoned -= abandoned
 
     def erase_some(self, db: Database) -> bool:
-        """For the eraser: erase a few chunks of a doomed blob; returns whether there was one."""
+        """For the eraser: erase some doomed blobs, or a part of a large one.
+
+        Returns whether there was any. What one step erases is bounded, so that what is to be
+        written waits for it for some ten milliseconds at most.
+        """
         rows = db.execute("SELECT id FROM blob WHERE state = 'doomed' ORDER BY id")
-        blob_id = next((row[0] for row in rows if row[0] not in self._pinned), None)
-        if blob_id is None:
-            return False
-        first = blob_id << CHUNK_INDEX_BITS
-        last = first + (1 << CHUNK_INDEX_BITS) - 1
-        erased = db.execute(
-            "DELETE FROM chunk WHERE id IN"
-            " (SELECT id FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)",
-            (first, last, ERASE_CHUNKS),
-        ).rowcount
-        if erased < ERASE_CHUNKS:
-            db.execute("DELETE FROM blob WHERE id = ?", (blob_id,))
-        return True
+        doomed = islice((row[0] for row in rows if row[0] not in self._pinned), _ERASE_BLOBS)
+        room = _ERASE_BYTES
+        for blob_id in list(doomed):
+            room -= _erase_chunks(db, blob_id, room)
+            if room <= 0:
+                break
+        return room < _ERASE_BYTES
+
+
+def _erase_chunks(db: Database, blob_id: int, room: int) -> int:
+    """Erase chunks of a blob until ``room`` is used up, and it with its last; returns the bytes.
+
+    A small chunk counts as the page that it takes.
+    """
+    erased = 0
+    first = blob_id << CHUNK_INDEX_BITS
+    last = first + (1 << CHUNK_INDEX_BITS) - 1
+    chunks = db.execute(
+        "SELECT id, length(data) FROM chunk WHERE id BETWEEN ? AND ? ORDER BY id", (first, last)
+    )
+    for chunk_id, size in chunks.fetchmany(_ERASE_BYTES // CHUNK_BYTES + 1):
+        if erased >= room:
+            return erased
+        db.execute("DELETE FROM chunk WHERE id = ?", (chunk_id,))
+        erased += max(size, _PAGE_BYTES)
+    if db.execute("SELECT 1 FROM chunk WHERE id BETWEEN ? AND ?", (first, last)).fetchone() is None:
+        db.execute("DELETE FROM blob WHERE id = ?", (blob_id,))
+    return max(erased, _PAGE_BYTES)
 
 
 # --- states of blobs --------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import stat
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar, cast
@@ -124,11 +125,14 @@ def lock_file(path: str) -> int:
     this one is closed only after SQLite has closed all of its own.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     except FileNotFoundError as error:
         raise StoreRefused(f"{path}: {error.strerror}; make the directory first") from None
     except OSError as error:
         raise StoreRefused(f"{path}: {error.strerror}; {HOW_TO_MAKE_WRITABLE}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreRefused(f"{path}: is not a regular file; choose another place with --db")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -200,6 +204,8 @@ def opened_by_command(path: str) -> Iterator[sqlite3.Connection]:
     """Open a database that has to exist; what SQLite refuses is said with the file's name."""
     if not os.path.exists(path):
         raise StoreRefused(f"{path}: no such file; start the server once to create it")
+    if not os.path.isfile(path):
+        raise StoreRefused(f"{path}: is not a regular file")
     try:
         with (
             translated(),

@@ -15,7 +15,7 @@ _OUTPUT_ROW_BYTES = 64 * 1024
 _OUTPUT_GROWING_BYTES = 8 * 1024  # a row grows to about a page, which is written as a whole anyway
 _LIVE_BYTES = 1024 * 1024
 _READ_ROWS = 8
-_ERASE_ROWS = 16
+_ERASE_ROWS = 64
 
 
 class JobOutput:
@@ -159,14 +159,20 @@ def _checked(attempt_id: int, start: int, data: object, crc32: int | None) -> by
 
 
 def erase_some_output(db: Database) -> bool:
-    """Erase a few rows of one attempt's doomed output; returns whether there was any."""
-    row = db.execute("SELECT id FROM attempt WHERE is_output_doomed = 1 LIMIT 1").fetchone()
-    if row is None:
-        return False
-    erased = db.execute(
-        "DELETE FROM output WHERE rowid IN (SELECT rowid FROM output WHERE attempt_id = ? LIMIT ?)",
-        (row[0], _ERASE_ROWS),
-    ).rowcount
-    if erased < _ERASE_ROWS:
-        db.execute("UPDATE attempt SET is_output_doomed = 0 WHERE id = ?", row)
-    return True
+    """Erase a bounded number of rows of doomed output; returns whether there was any."""
+    attempts = db.execute(
+        "SELECT id FROM attempt WHERE is_output_doomed = 1 LIMIT ?", (_ERASE_ROWS,)
+    ).fetchall()
+    room = _ERASE_ROWS
+    for (attempt_id,) in attempts:
+        erased = db.execute(
+            "DELETE FROM output WHERE rowid IN"
+            " (SELECT rowid FROM output WHERE attempt_id = ? LIMIT ?)",
+            (attempt_id, room),
+        ).rowcount
+        if erased < room:
+            db.execute("UPDATE attempt SET is_output_doomed = 0 WHERE id = ?", (attempt_id,))
+        room -= erased
+        if room <= 0:
+            break
+    return bool(attempts)

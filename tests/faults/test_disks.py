@@ -206,6 +206,16 @@ async def test_missing_rights_are_refused_at_start_with_what_to_do(tmp_path: Pat
     assert "make the directory first" in await _refusal(database.with_name("x") / "y.db")
 
 
+async def test_what_is_no_regular_file_is_refused_in_words(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, tmp_path, Path("/dev/null")):
+        assert "choose another place with --db" in await _refusal(path)
+        for command in (("check", str(path)), ("backup", str(tmp_path / "b"), "--db", str(path))):
+            code, output = await run(sys.executable, str(PROJECT / "orchestrator.py"), *command)
+            assert (code, b"is not a regular file" in output) == (2, True), output
+
+
 async def test_a_damaged_database_is_refused_at_start_with_what_to_do(tmp_path: Path) -> None:
     database = tmp_path / "server" / "orchestrator.db"
     await _new_database(database)

@@ -43,6 +43,27 @@ async def test_a_backup_of_a_busy_server_is_whole_and_can_be_served(
         assert (await restored.result(job_id)).read("copy") == content
 
 
+async def test_a_backup_is_its_owners_alone_and_makes_nobody_an_agent(
+    bare_server: Server, tmp_path: Path
+) -> None:
+    ((token,),) = bare_server.query("SELECT value FROM setting WHERE name = 'agent_token'")
+    target = tmp_path / "backup.db"
+    (tmp_path / "backup.db.unfinished").write_text("left by one that was killed")
+    previous = os.umask(0)
+    try:
+        code, output = await orchestrator("backup", target, "--db", bare_server.database)
+    finally:
+        os.umask(previous)
+    assert code == 0, output
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert token.encode() not in target.read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("backup.db*")) == ["backup.db"]
+    code, output = await orchestrator("agent-token", "--db", target)
+    assert (code, "there is no agent token in it" in output) == (2, True)
+    code, output = await orchestrator("check", target)
+    assert code == 0, output
+
+
 async def test_a_backup_overwrites_nothing_and_needs_a_database(
     bare_server: Server, tmp_path: Path
 ) -> None:

@@ -437,6 +437,21 @@ async def test_retention_frees_the_bytes_and_shrinks_the_file(store: Store, path
     assert [status.state for status in states if status] == [JobState.CLEANED, JobState.QUEUED]
 
 
+async def test_many_small_files_are_erased_in_few_steps(store: Store, path: Path) -> None:
+    """One a step would fall behind what comes in, and pile up."""
+    await asyncio.gather(*(make_job(store) for _ in range(600)))
+    await store.uploads.rerun(1, JobRequest(1, "example"), "again", NO_LIMIT)
+    assert len(await store.jobs.withdraw_many(range(1, 601), "terminated")) == 600
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE blob SET state = 'doomed' WHERE id > 1")
+        db.execute("UPDATE input_file SET blob_id = NULL WHERE blob_id > 1")
+    steps = 0
+    while await store._file.write(store.blobs.erase_some, 1):
+        steps += 1
+    assert steps <= 3
+    assert rows(path, "SELECT count(*) FROM chunk") == [(1,)]
+
+
 async def test_a_download_that_runs_keeps_its_bytes_from_retention(
     store: Store, path: Path
 ) -> None:
