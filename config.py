@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import ipaddress
 import os
 import re
 import shlex
@@ -74,6 +75,13 @@ class AccessLog(enum.StrEnum):
     OFF = "off"
     NOTABLE = "notable"
     ALL = "all"
+
+
+class TokenRule(enum.StrEnum):
+    """Who may use the API without a token: ``optional``: everybody until there is the first one."""
+
+    REQUIRED = "required"
+    OPTIONAL = "optional"
 
 
 # --- values -----------------------------------------------------------------------
@@ -412,6 +420,13 @@ class Settings:
         "requests in the log: `all`, `off` (`--no-access-log`), or `notable`: those that change"
         " something, fail, or take a second or longer",
     )
+    tokens: TokenRule | None = _row(
+        None,
+        _one_of(TokenRule),
+        "`required`: the API needs a token; `optional`: it is open to everybody who reaches it"
+        " until the first token is made",
+        shown="optional on a loopback address, else required",
+    )
     agent_token: str | None = field(
         default=None,
         repr=False,
@@ -433,6 +448,12 @@ class Settings:
         """Return, by service, what agents must be asked for before they get its jobs."""
         asked = {name: limits.asked_isolation() for name, limits in self.services.items()}
         return {name: isolation for name, isolation in asked.items() if isolation.needs_asking()}
+
+    def are_tokens_required(self) -> bool:
+        """Whether nobody may use the API without a token, even if there is none yet."""
+        if self.tokens is None:
+            return not is_loopback(self.host)
+        return self.tokens is TokenRule.REQUIRED
 
 
 SETTINGS = _rows_of(Settings)
@@ -519,6 +540,14 @@ def load(
         if problem := limits.asked_isolation().problem():
             raise ConfigError(f"service {service}: {problem}")
     return Settings(**values, services=MappingProxyType(services))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listening address can only be reached from this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def checked_agent_name(name: str) -> str:

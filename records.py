@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jobs import DEFAULT_RESOURCES, Demand, FileSpec, JobState, Resources
@@ -380,6 +381,14 @@ class Token:
     role: Role
     user_id: int | None
     created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTokens:
+    """All API tokens by the digests of their secrets, and whether there ever was one."""
+
+    by_digest: Mapping[str, Token]
+    were_made: bool
 
 
 def digest_of(secret: str) -> str:

@@ -1,15 +1,36 @@
-"""What every program of ours does to its own process: where it lies, which event loop it runs."""
+"""What every program of ours does to its own process: where it lies, what it hands on, its loop."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib
+import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+
+_PASSED_VARIABLES = frozenset(
+    [
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "LANGUAGE",
+        "TZ",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "MODULEPATH",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+    ]
+)
+_PASSED_PREFIXES = ("LC_",)
 
 _APPLICATION = Path(__file__).parent
 """The folder that holds the program, in a clone as where pip has put it."""
@@ -23,6 +44,30 @@ def data_file(name: str) -> Path:
 def program(*arguments: str) -> list[str]:
     """Return the command that runs this program again, with other arguments."""
     return [sys.executable, str(_APPLICATION / "orchestrator.py"), *arguments]
+
+
+def inherited_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Return what an embedded agent and jobs may see of an environment: nothing secret."""
+    return {
+        name: value
+        for name, value in own.items()
+        if name in _PASSED_VARIABLES or name.startswith(_PASSED_PREFIXES)
+    }
+
+
+def hide_variable(name: str) -> None:
+    """Blank a variable where /proc/PID/environ shows it to others; ``os.environ`` keeps it.
+
+    The kernel shows the memory that the process was started with (proc(5)); getenv(3) returns
+    where in it the value stands.
+    """
+    value = os.environ.get(name)
+    if value is None:
+        return
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    if address := getenv(os.fsencode(name)):
+        ctypes.memset(address, ord("x"), len(os.fsencode(value)))
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -21,7 +21,6 @@ from agent.agent import Agent
 from agent.executors.local import LocalExecutor
 from agent.isolation.choice import IsolationSettings, Isolator
 from agent.isolation.job_user import parsed as parsed_job_user
-from agent.job_environment import inherited_environment
 from agent.settings import AgentRefused, AgentSettings
 from config import ConfigError, LogFormat
 from jobs import IsolationKind
@@ -200,7 +199,7 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
 
 
 def _local_executor(settings: AgentSettings) -> LocalExecutor:
-    environment = inherited_environment(os.environ)
+    environment = runtime.inherited_environment(os.environ)
     umask = -1
     if settings.isolation.users is not None:
         # job users pass through the work directory, where all else is the agent's alone

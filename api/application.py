@@ -50,7 +50,7 @@ def make_application(
     """
     table = routes(store, dispatcher, settings, agent_token, instruments or Instruments())
     policy = Policy(table)
-    gate = TokenGate(store, policy)
+    gate = TokenGate(store, policy, settings)
     guards = [refuse_strangers(settings), gate.middleware(), refuse_unknown(policy)]
     application = web.Application(middlewares=[note_route, answer_errors, *guards])
     application.on_cleanup.append(gate.close)
@@ -92,7 +92,7 @@ def routes(
     statistics = StatisticsHandlers(store)
     tokens = TokenListHandlers(store)
     dashboard = DashboardHandlers()
-    agents = AgentChannelHandlers(dispatcher, settings, agent_token)
+    agents = AgentChannelHandlers(dispatcher, agent_token)
     read, submitting, admin = Role.READ, Role.SUBMIT, Role.ADMIN
     return (
         Route("GET", "/", dashboard.ping, None),

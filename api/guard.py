@@ -71,11 +71,3 @@ def _is_cross_site_change(request: web.Request) -> bool:
     if request.method in ("GET", "HEAD"):
         return False
     return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listening address can only be reached from this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -29,7 +29,7 @@ class TokenListHandlers:
 
     async def list_all(self, request: web.Request) -> web.StreamResponse:
         """``GET /tokens``: those that there are, by name."""
-        tokens = (await self._store.tokens.all()).values()
+        tokens = (await self._store.tokens.known()).by_digest.values()
         bodies = [
             {
                 "name": token.name,

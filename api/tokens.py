@@ -1,11 +1,11 @@
-"""API tokens: what a request's token allows. Without tokens the API is open."""
+"""API tokens: what a request's token allows, and when one is demanded."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,8 @@ from aiohttp.typedefs import Middleware
 from api.callers import note_caller
 from api.errors import Forbidden, Unauthorized, UnknownJob
 from api.routes import Access, Handler, Policy, job_id_of
-from records import Role, StoreError, Token, digest_of
+from config import SettingsInForce
+from records import KnownTokens, Role, StoreError, Token, digest_of
 from store import Store
 from telemetry.logs import event
 
@@ -25,14 +26,17 @@ _FRESH_SECONDS = 1.0
 
 
 class TokenGate:
-    """Lets through what the caller's token allows; once there is a token, each caller needs one.
+    """Lets through what the caller's token allows.
 
-    A token bound to a user reaches that user's jobs only; others are not there for it.
+    Each caller needs one where the settings say so, and from the first token on: to revoke the
+    last one does not open the API again. A token bound to a user reaches that user's jobs only;
+    others are not there for it.
     """
 
-    def __init__(self, store: Store, policy: Policy) -> None:
+    def __init__(self, store: Store, policy: Policy, settings: SettingsInForce) -> None:
         self._store = store
         self._policy = policy
+        self._settings = settings
         self._tokens = _Tokens(store)
 
     def middleware(self) -> Middleware:
@@ -41,10 +45,13 @@ class TokenGate:
         @web.middleware
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             access = self._policy.access_of(request)
-            if access.role is None or not (known := await self._tokens.known()):
+            if access.role is None:
+                return await handler(request)
+            known = await self._tokens.known()
+            if not known.were_made and not self._settings.current.are_tokens_required():
                 return await handler(request)
             digest = _presented_digest(request)
-            caller = known.get(digest)
+            caller = known.by_digest.get(digest)
             if caller is None:
                 raise Unauthorized("the token is not valid, or no longer")
             note_caller(request, caller)
@@ -99,19 +106,19 @@ class _Tokens:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: Mapping[str, Token] = {}
+        self._known = KnownTokens({}, were_made=True)
         self._stale_at = float("-inf")
         self._reading = asyncio.Lock()
         self._open: dict[int, _OpenRequest] = {}
         self._numbers = itertools.count()
         self._watching: asyncio.Task[None] | None = None
 
-    async def known(self) -> Mapping[str, Token]:
-        """Return all tokens, by the digests of their secrets."""
+    async def known(self) -> KnownTokens:
+        """Return all tokens."""
         if self._is_stale():
             async with self._reading:
                 if self._is_stale():
-                    self._known = await self._store.tokens.all()
+                    self._known = await self._store.tokens.known()
                     self._stale_at = asyncio.get_running_loop().time() + _FRESH_SECONDS
         return self._known
 
@@ -154,6 +161,6 @@ class _Tokens:
             event(log, "tokens_unreadable", level=logging.WARNING, error=str(error))
             return
         for held in self._open.values():
-            if held.digest not in known and held.request.transport is not None:
+            if held.digest not in known.by_digest and held.request.transport is not None:
                 event(log, "revoked_connection_cut", address=held.request.remote)
                 held.request.transport.abort()

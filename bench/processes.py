@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import BenchmarkError
+from config import AGENT_TOKEN_VARIABLE
 
 PROJECT = Path(__file__).parent.parent
 
@@ -29,6 +30,7 @@ _STOP_SECONDS = 30.0
 _LOG_POLL_SECONDS = 0.01
 _LEFTOVER_ROUNDS = 50
 _LEFTOVER_PAUSE_SECONDS = 0.02
+AGENT_TOKEN = "token-of-the-benchmarks"
 _SERVICE_SETTINGS = {
     # quotas must not be what limits
     "SERVICE_EXAMPLE_RUNS_PER_USER": "100000",
@@ -84,7 +86,7 @@ class Child:
                 *self._command,
                 *arguments,
                 cwd=PROJECT,
-                env={**os.environ, **_SERVICE_SETTINGS},
+                env={**os.environ, **_SERVICE_SETTINGS, AGENT_TOKEN_VARIABLE: AGENT_TOKEN},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

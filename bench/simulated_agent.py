@@ -23,6 +23,7 @@ import aiohttp
 
 import config
 from bench.measure import BenchmarkError
+from bench.processes import AGENT_TOKEN
 from jobs import JobState
 from wire import codec, messages
 from wire.frames import (
@@ -136,7 +137,10 @@ class SimulatedAgent:
 
     async def _connect(self, session: aiohttp.ClientSession) -> None:
         async with session.ws_connect(
-            f"{self._url}/agent", max_msg_size=codec.MAX_TEXT_BYTES, compress=0
+            f"{self._url}/agent",
+            headers={"Authorization": f"Bearer {AGENT_TOKEN}"},
+            max_msg_size=codec.MAX_TEXT_BYTES,
+            compress=0,
         ) as socket:
             self._outbox = Outbox()
             await socket.send_str(codec.encode(self._hello()))

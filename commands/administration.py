@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from records import Role, StoreRefused, Token, digest_of
 from storage.backup import back_up
 from storage.check import check
-from storage.tokens import create_token, list_tokens, new_secret, revoke_token
+from storage.tokens import create_token, forget_tokens, list_tokens, new_secret, revoke_token
 
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _USER_ID = re.compile(r"[+-]?[0-9]{1,19}")
@@ -30,7 +30,9 @@ def add_token_commands(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--role", required=True, choices=list(Role))
     revoke = actions.add_parser("revoke", help="make a token invalid, within a second")
     revoke.add_argument("name", metavar="NAME")
-    for action in (create, revoke, actions.add_parser("list", help="show what tokens there are")):
+    forget = actions.add_parser("forget", help="open the API again, after the last was revoked")
+    show = actions.add_parser("list", help="show what tokens there are")
+    for action in (create, revoke, forget, show):
         action.add_argument("--db", dest="DB_PATH", default=argparse.SUPPRESS, metavar="FILE")
 
 
@@ -57,7 +59,13 @@ def run_token_command(options: argparse.Namespace, path: str) -> None:
         case "revoke":
             revoke_token(path, options.name)
             if not list_tokens(path):
-                sys.stderr.write("That was the last token: the API is open to everybody now.\n")
+                sys.stderr.write(
+                    "That was the last token: nobody may use the API until you make another;"
+                    " 'orchestrator token forget' opens it again, where tokens are optional.\n"
+                )
+        case "forget":
+            forget_tokens(path)
+            sys.stderr.write("Open to everybody who reaches it, where tokens are optional.\n")
         case _:
             for token in list_tokens(path):
                 user = "any" if token.user_id is None else token.user_id

@@ -8,11 +8,9 @@ import ctypes
 import errno
 import gc
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from aiohttp import web
 
@@ -20,17 +18,18 @@ import config
 import runtime
 from api import access_log, connection
 from api.application import make_application
+from commands.embedded_agent import keep_agent
 from commands.retention import keep_retention
 from config import ConfigError, Settings, SettingsInForce
 from dispatch import Dispatcher
+from records import KnownTokens
 from store import Store
 from telemetry.instruments import Instruments
+from telemetry.logs import event
 
 log = logging.getLogger("orchestrator")
 
 _STOP_REQUESTS_SECONDS = 3.0
-_STOP_AGENT_SECONDS = 3.0
-_AGENT_RESTART_SECONDS = 1.0
 _REMEMBERED_JOBS = 2000  # of all services, for their medians
 # of a request: its first line, one header field, and how many of them there may be
 _LINE_BYTES = 24 * 1024  # a thousand ids
@@ -49,6 +48,7 @@ async def serve(
 
     Raises :class:`StartError` or a store's error.
     """
+    runtime.hide_variable(config.AGENT_TOKEN_VARIABLE)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,7 +81,7 @@ def reload_settings(settings: SettingsInForce, read_settings: Callable[[], Setti
     try:
         change = settings.replace(read_settings())
     except ConfigError as error:
-        log.error("event=settings_refused error=%r kept=old", str(error))
+        event(log, "settings_refused", level=logging.ERROR, error=str(error), kept="old")
         return
     log.info("event=settings_reloaded changed=%r", ",".join(change.changed))
     if change.needing_restart:
@@ -125,6 +125,7 @@ async def _serve_store(
                 keep_agent(url, settings.current, token), name="embedded agent"
             )
         _announce(url)
+        _say_who_may_use_it(settings.current, await store.tokens.known())
         await stop.wait()
         log.info("event=stopping")
         _announce_stop(len(await store.attempts.active()))
@@ -183,6 +184,21 @@ def _announce(url: str) -> None:
     sys.stdout.flush()
 
 
+def _say_who_may_use_it(settings: Settings, tokens: KnownTokens) -> None:
+    """Say it where it may surprise: everybody, or nobody yet."""
+    if settings.are_tokens_required() or tokens.were_made:
+        if tokens.by_digest:
+            return
+        who = "Nobody may use it yet: make a token with 'orchestrator token create'"
+    elif config.is_loopback(settings.host):
+        who = "Everybody on this machine may use it, and all who come through a proxy here"
+    else:
+        who = "Everybody who reaches this machine may use it, as any user (TOKENS=optional)"
+    event(log, "open_to", who=who)
+    sys.stdout.write(f"{who}.\n")
+    sys.stdout.flush()
+
+
 def _announce_stop(active: int) -> None:
     if active:
         sys.stdout.write(
@@ -190,62 +206,3 @@ def _announce_stop(active: int) -> None:
             " database reports them\n"
         )
         sys.stdout.flush()
-
-
-# --- embedded agent ---------------------------------------------------------------
-
-
-async def keep_agent(url: str, settings: Settings, token: str) -> None:
-    """Keep an agent process on this machine alive for as long as the server runs."""
-    while True:
-        code = await _run_agent(_local_url(url), settings, token)
-        log.warning("event=embedded_agent_ended code=%s restart_s=%g", code, _AGENT_RESTART_SECONDS)
-        await asyncio.sleep(_AGENT_RESTART_SECONDS)
-
-
-def _local_url(url: str) -> str:
-    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-
-
-async def _run_agent(url: str, settings: Settings, token: str) -> int:
-    workdir = Path(f"{settings.db_path}.agent").absolute()
-    command = runtime.program("agent", "--embedded", "--server", url)
-    command += ["--name", "local", "--slots", str(settings.slots)]
-    command += ["--workdir", str(workdir), "--log-format", settings.log_format]
-    command += ["--isolation", settings.isolation]
-    if settings.job_user is not None:
-        command += ["--job-user", settings.job_user]
-    if settings.allow_root_jobs:
-        command += ["--allow-root-jobs"]
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        command += ["--hide", f"{settings.db_path}{suffix}"]
-    environment = {
-        name: value for name, value in os.environ.items() if name != config.AGENT_TOKEN_VARIABLE
-    }
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        # whoever reads the server's output must not wait for the agent to end it
-        stdout=asyncio.subprocess.DEVNULL,
-        env=environment,
-        # Ctrl-C in the terminal is for the server, which then stops the agent
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    try:
-        # The pipe stays open: its end tells the agent that the server is gone, however it went.
-        process.stdin.write(f"{token}\n".encode())
-        return await process.wait()
-    finally:
-        await _stop_process(process)
-
-
-async def _stop_process(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), _STOP_AGENT_SECONDS)
-    except TimeoutError:
-        process.kill()
-        await process.wait()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from records import Role, StoreRefused, StoreUnavailable, Token
+from records import KnownTokens, Role, StoreRefused, StoreUnavailable, Token
 from storage.database import opened_by_command
 from storage.file import DatabaseFile
 from storage.schema import APPLICATION_ID, MIGRATIONS
 
 _SECRET_BYTES = 32
+_TOKENS_MADE = "tokens_made"  # a setting that is there from the first token on
 _AGENT_TOKEN = "SELECT value FROM setting WHERE name = 'agent_token'"
 
 
@@ -22,9 +23,11 @@ class Tokens:
     def __init__(self, file: DatabaseFile) -> None:
         self._file = file
 
-    async def all(self) -> Mapping[str, Token]:
-        """Return all API tokens, by the digests of their secrets."""
-        return await self._file.read(_tokens_by_digest)
+    async def known(self) -> KnownTokens:
+        """Return all API tokens, and whether there ever was one."""
+        return await self._file.read(
+            lambda db: KnownTokens(_tokens_by_digest(db), _were_tokens_made(db))
+        )
 
     async def agent_token(self) -> str:
         """Return the token that the database was given when it was made."""
@@ -34,6 +37,11 @@ class Tokens:
 def _tokens_by_digest(db: sqlite3.Connection) -> dict[str, Token]:
     rows = db.execute("SELECT sha256, name, role, user_id, created_at FROM token ORDER BY name")
     return {row[0]: Token(row[1], Role(row[2]), row[3], row[4]) for row in rows}
+
+
+def _were_tokens_made(db: sqlite3.Connection) -> bool:
+    row = db.execute("SELECT value FROM setting WHERE name = ?", (_TOKENS_MADE,)).fetchone()
+    return row is not None or db.execute("SELECT 1 FROM token").fetchone() is not None
 
 
 # --- for commands, also beside a running server -----------------------------------
@@ -64,8 +72,20 @@ def create_token(path: str, token: Token, sha256: str) -> None:
                 " VALUES (?, ?, ?, ?, ?)",
                 (token.name, sha256, token.user_id, token.role, token.created_at),
             )
+            db.execute(
+                "INSERT INTO setting (name, value) VALUES (?, '1') ON CONFLICT DO NOTHING",
+                (_TOKENS_MADE,),
+            )
     except sqlite3.IntegrityError:
         raise StoreRefused(f"the token {token.name} already exists; revoke it first") from None
+
+
+def forget_tokens(path: str) -> None:
+    """Have a database be as if it had never had a token. Raises :class:`StoreRefused`."""
+    with _opened_for_tokens(path) as db:
+        if left := db.execute("SELECT count(*) FROM token").fetchone()[0]:
+            raise StoreRefused(f"there are {left} tokens; revoke them first")
+        db.execute("DELETE FROM setting WHERE name = ?", (_TOKENS_MADE,))
 
 
 def list_tokens(path: str) -> list[Token]:
@@ -77,6 +97,11 @@ def list_tokens(path: str) -> list[Token]:
 def revoke_token(path: str, name: str) -> None:
     """Remove an API token. Raises :class:`StoreRefused` if there is none of that name."""
     with _opened_for_tokens(path) as db:
+        # also if it was made by a version that did not write this down
+        db.execute(
+            "INSERT INTO setting (name, value) VALUES (?, '1') ON CONFLICT DO NOTHING",
+            (_TOKENS_MADE,),
+        )
         if not db.execute("DELETE FROM token WHERE name = ?", (name,)).rowcount:
             raise StoreRefused(f"there is no token {name}")
 

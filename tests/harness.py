@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from config import AGENT_TOKEN_VARIABLE
+
 PROJECT = Path(__file__).parent.parent
 FINAL = {"Completed", "Failed", "Invalid", "Killed", "Cleaned"}
 POLL_SECONDS = 0.02
@@ -246,6 +248,15 @@ class Server:
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as db:
             return db.execute(sql, parameters).fetchall()
 
+    def agent_token(self) -> str:
+        """Return what agents must present."""
+        known = self.environment.get(AGENT_TOKEN_VARIABLE)
+        return known or str(self.query("SELECT value FROM setting WHERE name='agent_token'")[0][0])
+
+    def agent_headers(self) -> dict[str, str]:
+        """Return what an agent presents when it opens its WebSocket."""
+        return {"Authorization": f"Bearer {self.agent_token()}"}
+
     def transitions(self, job_id: int) -> list[str]:
         """Return the states that a job went through."""
         rows = self.query("SELECT to_state FROM history WHERE job_id = ? ORDER BY id", job_id)
@@ -263,13 +274,14 @@ class AgentProcess:
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        """Start it; does not wait for its connection."""
+        """Start it, with the server's token unless another is given; does not wait for more."""
+        environment = {AGENT_TOKEN_VARIABLE: self.server.agent_token(), **(environment or {})}
         with open(self.server.directory / f"agent-{self.name}.log", "ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *self.through, str(PROJECT / "orchestrator.py")),
                 *("agent", "--server", self.server.url, "--name", self.name),
                 *("--workdir", str(self.workdir), "--isolation", "none", *arguments),
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **environment},
                 stdout=log,
                 stderr=log,
             )

@@ -80,7 +80,8 @@ async def test_what_is_not_there_is_answered_in_the_error_shape(idle: Server) ->
         assert_error(await curl(f"{idle.url}/download/{job_id}"), 404, "no job")
     assert_error(await curl("-X", "DELETE", f"{idle.url}/upload"), 405, "DELETE")
     assert_error(await curl("-X", "POST", f"{idle.url}/health"), 405, "POST")
-    assert_error(await curl(f"{idle.url}/agent"), 400, "WebSocket")
+    header = f"Authorization: Bearer {idle.agent_token()}"
+    assert_error(await curl("-H", header, f"{idle.url}/agent"), 400, "WebSocket")
 
 
 async def test_head_is_where_get_is(idle: Server) -> None:

@@ -22,7 +22,7 @@ from config import Settings, SettingsInForce
 from records import Role, Token, digest_of
 from storage.tokens import create_token, new_secret, revoke_token
 from telemetry.instruments import Instruments
-from tests.harness import PROJECT, Answer, Server, curl, run, running_server
+from tests.harness import PROJECT, Answer, Server, curl, eventually, run, running_server
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ async def test_tokens_are_demanded_honoured_and_revoked_while_the_server_runs(
         elif path.startswith("/ui"):
             assert answer.status in (308, 404)
         elif path == "/agent":
-            assert_error(answer, 400, "WebSocket")
+            assert_error(answer, 401, "agent token")
         else:
             assert_error(answer, 401, "Authorization: Bearer")
             assert {"401", "403"} <= set(operation["responses"]), (method, path)
@@ -140,11 +140,45 @@ async def test_tokens_are_demanded_honoured_and_revoked_while_the_server_runs(
     files = [path for path in server.directory.iterdir() if path.is_file()]
     assert all(secret.encode() not in path.read_bytes() for path in files)
     code, output = await token_command(server, "revoke", "web")
-    assert (code, "open to everybody" in output) == (0, True)
-    await until_status(200, f"{server.url}/download/1")
-    assert (await token_command(server, "revoke", "web"))[0] == 2
-    await new_token(server, "other", "any", "admin")
+    assert (code, "nobody may use the API" in output) == (0, True)
     await until_status(401, *web, f"{server.url}/download/1")
+    assert_error(await curl(f"{server.url}/download/1"), 401, "wants a token")
+    assert (await token_command(server, "revoke", "web"))[0] == 2
+    other = await new_token(server, "other", "any", "admin")
+    await until_status(200, *other, f"{server.url}/download/1")
+    code, output = await token_command(server, "forget")
+    assert (code, "there are 1 tokens" in output) == (2, True)
+    assert (await token_command(server, "revoke", "other"))[0] == 0
+    await server.stop()
+    await server.start("--slots", "2")
+    assert_error(await curl(f"{server.url}/download/1"), 401, "wants a token")
+    assert (await token_command(server, "forget"))[0] == 0
+    await until_status(200, f"{server.url}/download/1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule", "status", "said"),
+    [
+        ((), "optional", 200, "Everybody on this machine may use it"),
+        ((), "required", 401, "Nobody may use it yet"),
+        (("--host", "0.0.0.0"), "", 401, "Nobody may use it yet"),
+        (("--host", "0.0.0.0"), "optional", 200, "Everybody who reaches this machine"),
+    ],
+)
+async def test_tokens_are_required_where_others_can_reach_the_server_or_it_is_said_who_may(
+    tmp_path: Path, arguments: tuple[str, ...], rule: str, status: int, said: str
+) -> None:
+    environment = {"TOKENS": rule} if rule else {}
+    async with running_server(
+        tmp_path / "server", "--no-agent", *arguments, environment=environment
+    ) as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        await eventually(lambda: said in server.log(), "it says who may use it")
+        assert (await curl(f"{url}/jobs")).status == status
+        assert (await curl(f"{url}/health")).status == 200
+        token = await new_token(server, "first", "any", "read")
+        await until_status(200, *token, f"{url}/jobs")
+        await until_status(401, f"{url}/jobs")
 
 
 async def test_a_bound_token_can_not_tell_another_s_job_from_none(

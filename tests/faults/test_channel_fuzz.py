@@ -139,7 +139,7 @@ async def test_no_frame_ends_the_server_or_leaves_anything_behind(
     data = {"data": b"x" * 600_000}
     jobs = [await bare_server.upload("echo done > out", data, user=user) for user in range(3)]
     try:
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(headers=bare_server.agent_headers()) as session:
             for number in range(_CONNECTIONS):
                 first = [stranger.hello()] if number % 10 else []
                 with contextlib.suppress(ConnectionError):
@@ -172,7 +172,7 @@ async def test_a_giant_frame_is_refused_with_a_reason_and_costs_bounded_memory(
     process = psutil.Process(bare_server.pid)
     before = process.memory_info().rss
     giant = "x" * (codec.MAX_TEXT_BYTES + 1)
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(headers=bare_server.agent_headers()) as session:
         for _ in range(3):
             async with session.ws_connect(f"{bare_server.url}/agent") as peer:
                 await peer.send_str(Stranger(1).hello())

@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+from config import AGENT_TOKEN_VARIABLE
 from tests.harness import (
     PROJECT,
     AgentProcess,
@@ -230,11 +231,14 @@ async def test_an_agent_gets_only_services_that_it_offers_and_up_to_its_slots(
             await docker.kill()
 
 
-async def test_a_server_for_others_needs_the_agent_token(tmp_path: Path) -> None:
-    async with running_server(tmp_path / "server", "--host", "0.0.0.0", "--no-agent") as server:
+async def test_a_server_needs_the_agent_token(tmp_path: Path) -> None:
+    environment = {"TOKENS": "optional"}
+    async with running_server(
+        tmp_path / "server", "--host", "0.0.0.0", "--no-agent", environment=environment
+    ) as server:
         server.url = server.url.replace("0.0.0.0", "127.0.0.1")
         stranger = AgentProcess(server, "stranger")
-        await stranger.start()
+        await stranger.start(environment={AGENT_TOKEN_VARIABLE: "x" * 32})
         assert stranger.process is not None
         assert await asyncio.wait_for(stranger.process.wait(), 10) == 2
         assert "refused the agent token" in stranger.log()
@@ -300,7 +304,7 @@ BROKEN_PEERS: list[tuple[list[str | bytes], str]] = [
 async def test_a_peer_that_breaks_the_protocol_is_turned_away_with_a_reason(
     bare_server: Server,
 ) -> None:
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(headers=bare_server.agent_headers()) as session:
         for frames, reason in BROKEN_PEERS:
             async with session.ws_connect(f"{bare_server.url}/agent") as peer:
                 for frame in frames:
@@ -319,7 +323,7 @@ async def test_an_agent_that_replaces_its_own_half_dead_connection_gets_jobs(
     bare_server: Server,
 ) -> None:
     async with (
-        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(headers=bare_server.agent_headers()) as session,
         session.ws_connect(f"{bare_server.url}/agent") as old,
     ):
         await old.send_str(_hello())
