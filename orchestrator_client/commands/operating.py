@@ -161,7 +161,7 @@ def open_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open(session: Session, options: argparse.Namespace) -> int:
     """Open the dashboard in a browser, or print its address where there is none."""
-    address = f"{session.client.url}/dashboard/"
+    address = f"{session.client.url}/ui/"
     if options.id is not None:
         (job_id,) = session.ids([options.id])
         address += f"#/jobs/{job_id}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.program import Program
-from tests.harness import Server
+from tests.harness import Server, curl, run
 
 
 def _write(directory: Path, **files: str) -> None:
@@ -136,7 +136,9 @@ async def test_agents_services_events_and_config(program: Program, server: Serve
     await process.wait()
     shown = json.loads((await program.run("config", "-o", "json")).out)
     assert shown["url"] == {"value": server.url, "from": "the environment"}
-    assert (await program.run("open", "--print")).out.startswith(server.url)
+    page = (await program.run("open", str(job_id), "--print")).out.strip()
+    assert page == f"{server.url}/ui/#/jobs/{job_id}"
+    assert (await curl(page)).status == 200
 
 
 async def test_the_server_is_not_there(program: Program) -> None:
@@ -168,6 +170,20 @@ async def test_completion_names_every_command(program: Program, shell: str) -> N
     done = await program.run("completion", shell)
     assert done.code == 0
     assert all(name in done.out for name in ("submit", "status", "serve", "jsonl"))
+
+
+async def test_completion_in_bash(program: Program) -> None:
+    (program.directory / "script").write_text((await program.run("completion", "bash")).out)
+    ask = (
+        "source ./script; for words in 'se' 'ls --st' 'ls -o j' 'run --serv'; do"
+        " COMP_WORDS=(orchestrator $words); COMP_CWORD=$((${#COMP_WORDS[@]} - 1));"
+        ' _orchestrator; echo "${COMPREPLY[@]}"; done'
+    )
+    code, output = await run("bash", "-c", ask, cwd=program.directory)
+    assert code == 0
+    assert output.decode().splitlines() == [
+        *("services serve", "--status", "json jsonl", "--service"),
+    ]
 
 
 async def test_many_are_changed_by_one_request(program: Program) -> None:
