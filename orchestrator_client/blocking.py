@@ -42,7 +42,9 @@ class BlockingTransport:
 
     async def send(self, request: Request) -> Answer:
         """Send a request; see :class:`orchestrator_client.transport.Transport`."""
-        connection = self._kept_connection() or self._new_connection()
+        # a kept connection may end just now, and then nobody knows whether this was obeyed
+        kept = self._kept_connection() if request.is_repeatable else None
+        connection = kept or self._new_connection()
         try:
             assert connection.sock is not None
             connection.sock.settimeout(request.silence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 from orchestrator_client.errors import (
@@ -31,6 +32,7 @@ from orchestrator_client.identifiers import UsageError
 from orchestrator_client.output import printable, say
 from orchestrator_client.session import Interrupted
 
+_DEBUG_VARIABLE = "ORCHESTRATOR_DEBUG"
 _CODES: Mapping[type[Exception], int] = {
     JobFailed: FAILED,
     BadRequest: USAGE,
@@ -65,6 +67,13 @@ def told(command: Callable[[], int]) -> int:
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""
         say(f"orchestrator: {where}{printable(error.strerror or error)}")
+        return FAILED
+    except Exception as error:
+        if os.environ.get(_DEBUG_VARIABLE):
+            raise
+        what = printable(f"{type(error).__name__}: {error}")
+        say(f"orchestrator: this is a defect, please report it: {what}")
+        say(f"orchestrator: {_DEBUG_VARIABLE}=1 shows where it is")
         return FAILED
 
 

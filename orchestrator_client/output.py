@@ -44,7 +44,11 @@ def printable(text: object) -> str:
 
 
 def use_streams_safely() -> None:
-    """Let no character that the locale does not have end a command with a traceback."""
+    """Let no character that the locale does not have, and no closed stream, end a command."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the program ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -9,7 +9,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from orchestrator_client.arguments import (
     add_common_options,
@@ -18,10 +18,12 @@ from orchestrator_client.arguments import (
     duration_seconds,
 )
 from orchestrator_client.errors import Conflict, NotFound, OrchestratorError, WaitTimeout
+from orchestrator_client.exit_codes import DONE, FAILED
 from orchestrator_client.identifiers import UsageError
 from orchestrator_client.jobs import Job
 from orchestrator_client.output import (
     STATE_STYLES,
+    Cell,
     Column,
     print_json,
     print_json_line,
@@ -80,17 +82,25 @@ def wait(session: Session, options: argparse.Namespace) -> int:
     ids = session.ids(options.ids)
     if len(ids) == 1:
         job = session.client.job(ids[0])
-        ended = [wait_for(job, options.timeout)]
-    else:
-        ended = list(wait_for_many(session, ids, options.timeout))
-    _print_ended(options.output, ended)
-    failed = [info for info in ended if not info.is_successful]
-    if len(ids) == 1 and failed:
-        return explain_failure(job, failed[0], options.exit_code)
-    return 1 if failed else 0
+        info = wait_for(job, options.timeout)
+        _print_ended(options.output, [info])
+        if info.is_successful:
+            return DONE
+        return explain_failure(job, info, options.exit_code)
+    has_failed = False
+
+    def ended() -> Iterator[JobInfo]:
+        nonlocal has_failed
+        for info in wait_for_many(session, ids, options.timeout):
+            has_failed = has_failed or not info.is_successful
+            yield info
+
+    _print_ended(options.output, ended())
+    return FAILED if has_failed else DONE
 
 
-def _print_ended(output: str | None, ended: Sequence[JobInfo]) -> None:
+def _print_ended(output: str | None, ended: Iterable[JobInfo]) -> None:
+    """Print jobs, each as it ends unless it is to be one table or one JSON text."""
     if output == "id":
         for info in ended:
             write_line(str(info.id))
@@ -104,14 +114,14 @@ def _print_ended(output: str | None, ended: Sequence[JobInfo]) -> None:
             *(Column("ID", is_right=True), Column("STATE")),
             *(Column("NAME", may_shrink=True), Column("MESSAGE", may_shrink=True)),
         )
-        rows = (
-            (
-                *(str(info.id), (info.state, STATE_STYLES.get(info.state, ""))),
-                *(info.name, info.message),
-            )
-            for info in ended
-        )
-        print_table(output, columns, rows)
+        print_table(output, columns, map(_ended_row, ended))
+
+
+def _ended_row(info: JobInfo) -> Sequence[Cell]:
+    return (
+        *(str(info.id), (info.state, STATE_STYLES.get(info.state, ""))),
+        *(info.name, info.message),
+    )
 
 
 # --- waiting ----------------------------------------------------------------------
@@ -232,7 +242,7 @@ def explain_failure(
                 break
     if info.state is not JobState.CLEANED:
         say(f"orchestrator: 'orchestrator get {info.id} --partial' fetches what it left")
-    return exit_code_of(info) if with_exit_code else 1
+    return exit_code_of(info) if with_exit_code else FAILED
 
 
 def _show_end(job: Job, stream: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from tests.client.program import Program
-from tests.harness import Server, eventually
+from tests.harness import PROJECT, Server, eventually, run
 
 _SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -135,3 +136,22 @@ async def test_a_locale_without_these_letters(program: Program, server: Server) 
     table = await program.start("ls", "-o", "table", environment=old)
     out, error = await table.communicate()
     assert table.returncode == 0, error
+
+
+async def test_bars_of_a_batch_and_of_its_downloads(program: Program, server: Server) -> None:
+    (program.directory / "run.sh").write_text("cat *.in\n")
+    for name in "abc":
+        (program.directory / f"{name}.in").write_text(name)
+    words = ("submit", "run.sh", "--each", "*.in", "--get", "out")
+    done = await (await program.on_terminal(*words)).end()
+    assert done.code == 0, done
+    assert "jobs ended" in done.out and "Traceback" not in done.out
+    assert len(list((program.directory / "out").iterdir())) == 3
+
+
+async def test_closed_streams_are_no_defect(program: Program, server: Server) -> None:
+    code, output = await run(
+        *("env", "-i", *(f"{k}={v}" for k, v in program.environment.items())),
+        *("bash", "-c", f"{sys.executable} {PROJECT}/orchestrator.py ls >&- 2>&-"),
+    )
+    assert (code, output) == (0, b"")
