@@ -60,15 +60,28 @@ export class LogReader {
    * @param {Stream} stream
    */
   async _begin(stream) {
-    const head = await this._api.request(this._path, {
-      method: 'HEAD', query: { stream }, signal: this._signal,
-    });
-    const size = Number(head.headers.get('X-Next-Offset') ?? 0);
+    const size = await this._size(stream);
     if (size <= MAX_LOADED_BYTES) return 0;
     const start = size - LOADED_BYTES;
     this.skipped += start;
     this._buffer.note(`${bytes(start)} of ${stream} before this are not shown; Raw has all that is kept`);
     return start;
+  }
+
+  /**
+   * How many bytes a stream has by now; 0 where there is no answer: the next request hears why.
+   * @param {Stream} stream
+   */
+  async _size(stream) {
+    try {
+      const head = await this._api.request(this._path, {
+        method: 'HEAD', query: { stream }, signal: this._signal,
+      });
+      return Number(head.headers.get('X-Next-Offset') ?? 0);
+    } catch (error) {
+      if (error instanceof ApiError) return 0;
+      throw error;
+    }
   }
 
   /**

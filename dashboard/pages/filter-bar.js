@@ -82,6 +82,7 @@ export class FilterBar {
       ]);
       this._values.service = services.services.map((/** @type {{name: string}} */ one) => one.name);
       this._values.agent = agents.agents.map((/** @type {{name: string}} */ one) => one.name);
+      if (document.activeElement === this._input) this._suggest();
     } catch {
       // without these names nothing is proposed; the list itself says what is wrong
     }

@@ -126,24 +126,11 @@ class Overview {
 
   async _count() {
     await this._try(async () => {
-      const counts = await this._counts();
-      for (const state of ACTIVE) this._active.set(state, counts.states[state] ?? 0);
-    });
-  }
-
-  // TEMPORARY until jobs/counts is there
-  async _counts() {
-    try {
-      return await this._app.api.get('jobs/counts', {
+      const counts = await this._app.api.get('jobs/counts', {
         query: { status: ACTIVE.join(',') }, signal: this._signal,
       });
-    } catch (error) {
-      if (/** @type {any} */ (error).status !== 404) throw error;
-      const { services } = await this._app.api.get('services', { signal: this._signal });
-      const sum = (/** @type {'active' | 'queued'} */ name) =>
-        services.reduce((/** @type {number} */ all, /** @type {any} */ one) => all + one[name], 0);
-      return { states: { Queued: sum('queued'), Running: sum('active') } };
-    }
+      for (const state of ACTIVE) this._active.set(state, counts.states[state] ?? 0);
+    });
   }
 
   async _look() {
