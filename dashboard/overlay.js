@@ -135,5 +135,5 @@ export function failure(error, retry) {
  * @param {...Child} content
  */
 export function empty(title, ...content) {
-  return h('div', { class: 'empty' }, h('h3', {}, title), ...content);
+  return h('div', { class: 'empty' }, h('h2', {}, title), ...content);
 }

@@ -67,7 +67,7 @@ export class Preview {
     const body = h('div', { class: 'preview-body is-waiting' });
     const name = entry.path.split('/').at(-1) ?? entry.path;
     fill(this.element, h('header', {},
-      h('h3', {}, entry.path),
+      h('h2', {}, entry.path),
       h('span', { class: 'quiet' }, [bytes(entry.size), entry.modified ? absolute(entry.modified) : '']
         .filter(Boolean).join(' · ')),
       entry.type === 'file' && h('button', { class: 'button small', type: 'button', on: {

@@ -8,6 +8,7 @@ import { isAbort } from '../api.js';
 import { fill, h } from '../dom.js';
 import { ago, bytes, count, duration } from '../format.js';
 import { icon } from '../icons.js';
+import { meter, setMeter } from '../meter.js';
 import { complain, empty, failure, note } from '../overlay.js';
 import { paced, repeat } from '../pace.js';
 import { href } from '../router.js';
@@ -139,8 +140,7 @@ function gauge(name, used, total, format) {
   return h('div', { class: 'gauge' },
     h('span', { class: 'gauge-name' }, name),
     h('span', { class: 'gauge-value' }, `${format(used)} of ${format(total)}`),
-    h('meter', { min: 0, max: total || 1, value: Math.min(used, total || 1),
-      'aria-label': `${name} in use` }));
+    setMeter(meter(`${name} in use`), used, total));
 }
 
 /**

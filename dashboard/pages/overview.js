@@ -8,6 +8,7 @@ import { Chart } from '../chart.js';
 import { fill, h, keyed, setText } from '../dom.js';
 import { ago, bytes, count, counted, duration, took } from '../format.js';
 import { icon } from '../icons.js';
+import { meter, setMeter } from '../meter.js';
 import { failure } from '../overlay.js';
 import { paced, repeat } from '../pace.js';
 import { go, href } from '../router.js';
@@ -199,7 +200,7 @@ class Overview {
 function makeAgentRow(agent) {
   const row = h('a', { class: 'load-row', href: href('agents') },
     h('span', { class: 'load-name' }, agent.name),
-    h('meter', { min: 0, 'aria-label': `Slots of ${agent.name} in use` }),
+    meter(`Slots of ${agent.name} in use`),
     h('span', { class: 'load-slots' }),
     h('span', { class: 'load-more' }));
   updateAgentRow(row, agent);
@@ -211,9 +212,7 @@ function makeAgentRow(agent) {
  * @param {Agent} agent
  */
 function updateAgentRow(row, agent) {
-  const meter = /** @type {HTMLMeterElement} */ (row.children[1]);
-  meter.max = Math.max(agent.slots, 1);
-  meter.value = agent.busy;
+  setMeter(/** @type {HTMLElement} */ (row.children[1]), agent.busy, agent.slots);
   setText(row.children[2], `${agent.busy} of ${agent.slots}`);
   const words = [
     agent.is_connected ? '' : 'away',

@@ -6,6 +6,7 @@
 import { isAbort } from '../api.js';
 import { fill, h } from '../dom.js';
 import { ago, bytes, count, duration } from '../format.js';
+import { meter, setMeter } from '../meter.js';
 import { empty, failure } from '../overlay.js';
 import { paced, repeat } from '../pace.js';
 import { href } from '../router.js';
@@ -83,7 +84,7 @@ function row(service) {
     h('td', {},
       h('a', { href: href('jobs', { service: name, status: 'Processing,Submitted,Running' }) },
         limit === null ? count(active) : `${count(active)} of ${count(limit)}`),
-      limit !== null && h('meter', { min: 0, max: limit, value: Math.min(active, limit), 'aria-label': `Runs of ${name}` })),
+      limit !== null && setMeter(meter(`Runs of ${name}`), active, limit)),
     h('td', {}, h('a', { href: href('jobs', { service: name, status: 'Queued' }) }, count(queued))),
     h('td', {}, service.runs_per_user === null ? '–' : `${count(service.runs_per_user)} at a time`),
     h('td', {}, service.timeout === null ? 'none' : duration(service.timeout)),

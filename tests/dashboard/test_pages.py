@@ -407,7 +407,7 @@ async def test_names_full_of_markup_and_control_characters_only_show(
     )
     await page.keyboard.press("2")
     await page.locator(".tree").get_by_role("link", name=re.compile("onclick")).click()
-    await expect(page.locator(".preview h3")).to_have_text(file)
+    await expect(page.locator(".preview h2")).to_have_text(file)
     await page.keyboard.press("3")
     await expect(page.get_by_role("region", name="History")).to_be_visible()
     await page.goto(f"{site.url}/ui/#/jobs?tag=evil:<script>alert(1)</script>")
