@@ -52,7 +52,7 @@ export function timeline(job, history) {
       title: `${WORDS[part.phase]}: ${duration(part.seconds)}`,
     });
     // the square root, so that short parts can be seen beside long ones
-    element.style.flexGrow = String(Math.max(Math.sqrt(part.seconds), 0.02));
+    element.style.flexGrow = String(1 + 1000 * Math.sqrt(part.seconds));
     return element;
   }));
   const isLong = parts.length > 9;

@@ -40,10 +40,13 @@ export function open(app, address, signal) {
 /** What can be done to many jobs. `states` are those of jobs to which it can be done. */
 const ACTIONS = /** @type {const} */ ([
   { name: 'terminate', label: 'Terminate', done: 'Terminated', sign: 'stop', isEnd: false,
+    title: (/** @type {string} */ jobs) => `Terminate ${jobs}`,
     text: 'They end at once and keep only what they have printed and left so far.' },
   { name: 'rerun', label: 'Run again', done: 'Submitted again', sign: 'rerun', isEnd: null,
+    title: (/** @type {string} */ jobs) => `Run ${jobs} again`,
     text: 'Each becomes a new job with the same input.' },
   { name: 'delete', label: 'Delete', done: 'Deleted the files of', sign: 'trash', isEnd: true,
+    title: (/** @type {string} */ jobs) => `Delete ${jobs}`,
     text: 'Their inputs, results and logs are removed for good. How they ended stays known.' },
 ]);
 
@@ -246,7 +249,8 @@ class JobList {
         return;
       }
       const jobs = counted(number, 'job');
-      if (!await confirmed(`${action.label}: ${jobs}?`, action.text, `${action.label}: ${jobs}`)) return;
+      const title = action.title(jobs);
+      if (!await confirmed(`${title}?`, action.text, title)) return;
       const answer = await this._app.api.post(`jobs/${action.name}`, { query });
       const skipped = answer.skipped > 0 ? `; ${counted(answer.skipped, 'job')} skipped` : '';
       note(icon('check'), `${action.done} ${counted(answer.done, 'job')}${skipped}.`);

@@ -226,7 +226,7 @@ async def test_many_jobs_are_selected_and_terminated_run_again_and_deleted(
     await expect(page.get_by_role("toolbar")).to_contain_text("3 selected")
     await page.get_by_role("toolbar").get_by_role("button", name="Terminate").click()
     dialog = page.get_by_role("dialog")
-    await expect(dialog).to_contain_text("Terminate: 3 jobs?")
+    await expect(dialog).to_contain_text("Terminate 3 jobs?")
     await dialog.get_by_role("button", name="Cancel").click()
     assert {site.transitions(job)[-1] for job in jobs} <= {
         "Queued",
@@ -235,12 +235,12 @@ async def test_many_jobs_are_selected_and_terminated_run_again_and_deleted(
         "Running",
     }
     await page.get_by_role("toolbar").get_by_role("button", name="Terminate").click()
-    await dialog.get_by_role("button", name="Terminate: 3 jobs").click()
+    await dialog.get_by_role("button", name="Terminate 3 jobs").click()
     await expect(page.get_by_text("Terminated 3 jobs.")).to_be_visible()
     await expect(page.locator(".job-table .state[data-state=Killed]")).to_have_count(3)
     await page.get_by_label("Select all jobs of this page").check()
     await page.get_by_role("toolbar").get_by_role("button", name="Delete").click()
-    await dialog.get_by_role("button", name="Delete: 3 jobs").click()
+    await dialog.get_by_role("button", name="Delete 3 jobs").click()
     await expect(page.locator(".job-table .state[data-state=Cleaned]")).to_have_count(3)
     await page.get_by_text(f"#{jobs[0]}", exact=True).click()
     await expect(page.locator(".job-state")).to_contain_text("It had ended as Killed")
