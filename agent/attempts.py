@@ -198,16 +198,19 @@ class Attempt:
         self._on_end(self)
 
     async def _run_job(self) -> None:
+        ended: Exit | None = None
         if self.phase is not AttemptPhase.FINISHED:
             self.execution.check_adopted()
         if self.phase is AttemptPhase.RECEIVING:
             await self._receive_input()
             self._enter(AttemptPhase.ACCEPTED)
         if self.phase is AttemptPhase.ACCEPTED:
-            await self.execution.start(self._command(), self._tell_reason)
-            self._enter(AttemptPhase.RUNNING)
+            ended = await self.execution.start(self._command(), self._tell_reason)
+            if ended is None:
+                self._enter(AttemptPhase.RUNNING)
         if self.phase is AttemptPhase.RUNNING:
             ended = await self._end_of_job()
+        if ended is not None:
             self._is_ending = True  # from here on there is nothing to kill
             self._finished = await self._result.make(ended)
         else:

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from telemetry.logs import event
@@ -14,6 +15,7 @@ from telemetry.logs import event
 log = logging.getLogger("orchestrator.agent")
 
 _IN_MODIFY = 0x00000002
+_IN_CLOSE_WRITE = 0x00000008
 _IN_Q_OVERFLOW = 0x00004000
 _IN_DONT_FOLLOW = 0x02000000
 _IN_ONESHOT = 0x80000000
@@ -82,6 +84,35 @@ class WriteWatch:
             # a watch that fired, or whose file is gone, is none any more
             elif is_written_or_none := self._waiting.pop(watch, None):
                 is_written_or_none.set()
+
+
+class DirectoryWatch:
+    """Calls back when a file in a directory was written and closed, on this machine."""
+
+    def __init__(self, path: Path, on_change: Callable[[], None]) -> None:
+        """No error where that can't be known: whoever watches has to look now and then anyway."""
+        self._on_change = on_change
+        self._descriptor = -1
+        try:
+            self._descriptor = _checked(_libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+            mask = ctypes.c_uint32(_IN_CLOSE_WRITE)
+            _checked(_libc().inotify_add_watch(self._descriptor, os.fsencode(path), mask))
+        except OSError as error:
+            event(log, "unwatched", level=logging.WARNING, path=path, error=str(error))
+            self.close()
+        else:
+            asyncio.get_running_loop().add_reader(self._descriptor, self._take_events)
+
+    def close(self) -> None:
+        """Give the instance back."""
+        if self._descriptor >= 0:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _take_events(self) -> None:
+        os.read(self._descriptor, _READ_BYTES)
+        self._on_change()
 
 
 def _libc() -> ctypes.CDLL:

@@ -53,8 +53,10 @@ class Execution(ABC):
         """
 
     @abstractmethod
-    async def start(self, command: Command, on_reason: Callable[[str], None]) -> None:
+    async def start(self, command: Command, on_reason: Callable[[str], None]) -> Exit | None:
         """Start the job; returns when it runs, which may take as long as it takes.
+
+        Returns how it ended if somebody else ended it before it ran, else None.
 
         Starts it once however often asked, also by different processes of the agent, and also
         if a call is cancelled at any point. ``on_reason`` is told why it does not run yet,

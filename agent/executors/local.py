@@ -110,7 +110,7 @@ class LocalExecution(Execution):
         """Raise :class:`JobLost` if the machine was restarted: no process outlives that."""
         self._directory.check_boot()
 
-    async def start(self, command: Command, on_reason: Callable[[str], None]) -> None:
+    async def start(self, command: Command, on_reason: Callable[[str], None]) -> Exit | None:
         """Start the job under its supervisor; returns when it runs.
 
         Of several supervisors of a directory only the first takes it.
@@ -129,17 +129,18 @@ class LocalExecution(Execution):
         )
         for _ in range(_START_TRIES):
             if self.is_started():
-                return
+                return None
             try:
                 async with asyncio.timeout(_START_SECONDS):
                     if await self._launch(request):
-                        return
+                        return None
             except TimeoutError:
                 # the supervisor hangs, or the fork server that was to make it; if one wakes up
                 # after all: of several supervisors only the first gets the directory
                 self._launcher.replace_fork_server()
         if not self.is_started():
             raise JobLost(f"the supervisor did not start: {self._errors()}")
+        return None
 
     async def _launch(self, request: LaunchRequest) -> bool:
         """Have a supervisor run the job; returns whether it does."""

@@ -27,14 +27,14 @@ _SUBMIT_SECONDS = 300.0  # sbatch is not ended while it may still submit
 _MAX_MESSAGE = 300  # characters of what a command says
 
 _PASSED = frozenset(["PATH", "HOME", "USER", "LOGNAME", "TZ", "SLURM_CONF"])
-_PASSED_PREFIXES = ("SBATCH_", "SLURM_JWT")
+_PASSED_PREFIXES = ("SBATCH_",)
 _NEVER_PASSED = frozenset(["SBATCH_EXPORT", "SBATCH_CLUSTERS", "SBATCH_ARRAY_INX", "SBATCH_WAIT"])
 """sbatch(1), input environment variables: these would change what an answer means."""
 
 _SEPARATOR = "|"  # our job names have none; a reason may have anything, and stands last
 _SQUEUE_FORMAT = _SEPARATOR.join(("%i", "%T", "%j", "%N", "%r"))
 _JOB_ID = re.compile(r"[0-9]+")
-_FIELD = re.compile(r"(?:^| )(JobState|Reason)=(\S*)")
+_FIELD = re.compile(r"(?:^| )(JobState|Reason|NodeList)=(\S*)")
 
 _NOT_REACHED = (
     "unable to contact slurm controller",
@@ -137,6 +137,7 @@ class SlurmRecord:
 
     state: str | None
     reason: str = ""
+    may_have_run: bool = True
 
     @property
     def has_ended(self) -> bool:
@@ -215,7 +216,8 @@ class SlurmCommands:
         if done.code == 0:
             fields = dict(_FIELD.findall(done.output))
             if "JobState" in fields:
-                return SlurmRecord(fields["JobState"], fields.get("Reason", ""))
+                has_node = fields.get("NodeList") not in (None, "", "(null)")
+                return SlurmRecord(fields["JobState"], fields.get("Reason", ""), has_node)
             raise SlurmSilent(f"scontrol said {done.output[:_MAX_MESSAGE]!r}")
         if "invalid job id" not in done.message().lower():
             raise SlurmSilent(done.message())

@@ -32,7 +32,7 @@ _REQUEST_BYTES = 16
 def main(arguments: list[str]) -> int:
     """Fork supervisors on request until the agent is gone; returns the exit status."""
     descriptor, workdir, *preparing = arguments
-    prepare = _preparation(preparing)
+    prepare = preparation(preparing)
     os.chdir(workdir)
     requests = socket.socket(fileno=int(descriptor))
     signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.WATCHED)
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         os.close(agent)
 
 
-def _preparation(modules: list[str]) -> Callable[[Any], None]:
+def preparation(modules: list[str]) -> Callable[[Any], None]:
     """Import the module that is named, if one is; returns its function."""
     for name in modules:
         __import__(name)
