@@ -16,7 +16,7 @@ from agent.attempt_directory import AttemptDirectory, find_all, path_of
 from agent.attempts import Attempt, phase_of
 from agent.connection import Channel, Connection, Received, RetryPause, stay_connected
 from agent.executors.base import Execution, Executor
-from agent.inotify import WriteWatch
+from agent.inotify import TimedWatch, WriteWatch
 from agent.settings import AgentRefused, AgentSettings
 from agent.snapshots import SnapshotRequests, Snapshots
 from agent.workdir import Identity, identity, lock, unusable_refused
@@ -39,7 +39,7 @@ class Agent:
         self._incarnation = ""
         self._instance = secrets.token_hex(8)
         self._held: dict[int, Attempt] = {}
-        self._write_watch = WriteWatch()
+        self._write_watch = TimedWatch() if executor.is_remote else WriteWatch()
         self._snapshots: Snapshots
         self._snapshot_requests: SnapshotRequests
         self._channel = Channel()
@@ -135,6 +135,7 @@ class Agent:
             version=config.VERSION,
             slots=0 if self._is_draining else self._settings.slots,
             services=self._settings.services,
+            resources=self._executor.resources(),
             attempts=tuple(
                 messages.HeldAttempt(
                     held.job_id,

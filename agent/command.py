@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import config
 import runtime
 from agent.agent import Agent
-from agent.executors.local import LocalExecutor
-from agent.isolation.choice import IsolationSettings, Isolator
+from agent.executor_options import add_executor_options, default_slots, executor_of
+from agent.isolation.choice import IsolationSettings
 from agent.isolation.job_user import parsed as parsed_job_user
 from agent.settings import AgentRefused, AgentSettings
 from config import ConfigError, LogFormat
@@ -44,7 +44,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--server", required=True, metavar="URL", help="http://host:5000")
     parser.add_argument("--name", default=socket.gethostname(), help="default: the host's name")
-    parser.add_argument("--slots", type=int, default=os.cpu_count() or 1, help="jobs at a time")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        help="jobs at a time (default: one for each core; 100 with --executor slurm)",
+    )
     parser.add_argument("--services", metavar="A,B", help="services it offers (default: all)")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where its jobs run")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the agent token")
@@ -60,6 +64,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--log-format", choices=list(LogFormat), default=LogFormat.TEXT, help="default: text"
     )
     _add_isolation_options(parser)
+    add_executor_options(parser)
     parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=config.VERSION)
     return parser.parse_args(arguments)
@@ -95,7 +100,7 @@ def _add_isolation_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _isolation_of(options: argparse.Namespace) -> IsolationSettings:
+def _isolation_of(options: argparse.Namespace, slots: int) -> IsolationSettings:
     secrets = list(options.hide)
     if options.token_file is not None and not str(options.token_file).startswith("/dev/"):
         secrets.append(options.token_file)
@@ -104,7 +109,7 @@ def _isolation_of(options: argparse.Namespace) -> IsolationSettings:
         if os.geteuid() != 0:
             raise ConfigError("--job-user: only an agent that is root can run jobs as others")
         try:
-            users = parsed_job_user(options.job_user, options.slots)
+            users = parsed_job_user(options.job_user, slots)
         except ValueError as error:
             raise ConfigError(f"--job-user {error}") from None
     return IsolationSettings(
@@ -117,7 +122,8 @@ def _isolation_of(options: argparse.Namespace) -> IsolationSettings:
 
 def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSettings:
     name = config.checked_agent_name(options.name)
-    if not 1 <= options.slots <= 4096:
+    slots = default_slots(options) if options.slots is None else options.slots
+    if not 1 <= slots <= 4096:
         raise ConfigError("--slots must be from 1 to 4096")
     server = options.server.rstrip("/")
     if not server.startswith(("http://", "https://")):
@@ -128,11 +134,11 @@ def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSetting
     return AgentSettings(
         server=server,
         name=name,
-        slots=options.slots,
+        slots=slots,
         services=services,
         workdir=(options.workdir or default_workdir(name, server)).absolute(),
         token=token,
-        isolation=_isolation_of(options),
+        isolation=_isolation_of(options, slots),
     )
 
 
@@ -184,7 +190,7 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
     if options.embedded:
         loop.add_reader(sys.stdin.fileno(), stop.set)  # end of file: the server is gone
-    agent = Agent(settings, _local_executor(settings))
+    agent = Agent(settings, executor_of(options, settings, os.environ))
     serving = asyncio.create_task(agent.run(), name="agent")
     await _first_of(serving, stop.wait())
     if options.embedded:
@@ -196,16 +202,6 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await serving
     event(log, "agent_stopped", agent=settings.name)
-
-
-def _local_executor(settings: AgentSettings) -> LocalExecutor:
-    environment = runtime.inherited_environment(os.environ)
-    umask = -1
-    if settings.isolation.users is not None:
-        # job users pass through the work directory, where all else is the agent's alone
-        umask = os.umask(0o077)
-    isolator = Isolator(settings.workdir, settings.isolation, environment)
-    return LocalExecutor(settings.workdir, environment, isolator, umask)
 
 
 async def _first_of(

@@ -86,6 +86,14 @@ class WriteWatch:
                 is_written_or_none.set()
 
 
+class TimedWatch(WriteWatch):
+    """For files that another machine writes to, of which this one is not told."""
+
+    def arm(self, path: Path, written: asyncio.Event) -> None:
+        """Have ``written`` set in a second."""
+        asyncio.get_running_loop().call_later(_UNWATCHED_SECONDS, written.set)
+
+
 class DirectoryWatch:
     """Calls back when a file in a directory was written and closed, on this machine."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.attempt_directory import AttemptDirectory
 from agent.outcomes import Exit
-from jobs import Isolation, IsolationKind, IsolationOffer
+from jobs import Isolation, IsolationKind, IsolationOffer, Resources
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,9 @@ class Executor(ABC):
     name: str
     """What stands in the directory of an attempt that this executor started."""
 
+    is_remote = False
+    """Whether jobs write their files on other machines, so that nobody is told of it here."""
+
     @abstractmethod
     async def run(self) -> None:
         """Do what all executions have need of; cancelled when the agent ends.
@@ -117,6 +120,10 @@ class Executor(ABC):
         if isolation.is_default() or isolation.kind is IsolationKind.NONE:
             return None
         return f"this agent can't isolate its jobs: it hands them on ({self.name})"
+
+    def resources(self) -> Resources | None:
+        """Return what it has for jobs; None if that is what this machine has."""
+        return None
 
     def problem(self) -> str | None:
         """Say what keeps this executor from starting any job at all; None if nothing does."""

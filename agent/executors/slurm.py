@@ -38,6 +38,7 @@ from agent.executors.slurm_submission import Request, batch_script
 from agent.executors.slurm_watch import SlurmWatch
 from agent.job_environment import PASSED_PREFIXES, PASSED_VARIABLES
 from agent.outcomes import Exit, ExitKind, JobLost
+from jobs import MAX_CPUS, MAX_GPUS, MAX_MEMORY_BYTES, Resources
 from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.slurm")
@@ -91,6 +92,7 @@ class SlurmExecutor(Executor):
     """Runs jobs on the nodes of a cluster."""
 
     name = "slurm"
+    is_remote = True
 
     def __init__(
         self, workdir: Path, commands: SlurmCommands, settings: SlurmSettings, preparing: str
@@ -108,6 +110,10 @@ class SlurmExecutor(Executor):
         """Ask Slurm about all jobs, and look for the notices of the nodes."""
         self.output.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self.watch.run()
+
+    def resources(self) -> Resources:
+        """Return what no job exceeds: Slurm knows what the cluster has."""
+        return Resources(MAX_CPUS, MAX_MEMORY_BYTES, MAX_GPUS)
 
     def problem(self) -> str | None:
         """Say since when Slurm gives no answer."""
