@@ -312,6 +312,11 @@ class Dispatcher:
             agent.connection.assign(attempt, assignment)
         # else: its lease runs, or the welcome finds that it does not hold it, and gives it back
 
+    def why_not_running(self, job_id: int) -> str | None:
+        """Say why a job that an agent has does not run yet, if the agent says so."""
+        holder = self._roster.holder_of(job_id)
+        return None if holder is None else holder[1].waiting_reason
+
     # --- files of jobs that run
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
-_PASSED_VARIABLES = frozenset(
+PASSED_VARIABLES = frozenset(
     [
         "PATH",
         "HOME",
@@ -30,7 +30,7 @@ _PASSED_VARIABLES = frozenset(
         "OMP_NUM_THREADS",
     ]
 )
-_PASSED_PREFIXES = ("LC_",)
+PASSED_PREFIXES = ("LC_",)
 
 _APPLICATION = Path(__file__).parent
 """The folder that holds the program, in a clone as where pip has put it."""
@@ -51,7 +51,7 @@ def inherited_environment(own: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in own.items()
-        if name in _PASSED_VARIABLES or name.startswith(_PASSED_PREFIXES)
+        if name in PASSED_VARIABLES or name.startswith(PASSED_PREFIXES)
     }
 
 

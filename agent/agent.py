@@ -118,7 +118,7 @@ class Agent:
         self._snapshot_requests = SnapshotRequests(self._snapshots, connection.outbox, self._tasks)
         self._reconcile(welcome)
         try:
-            await connection.serve(welcome.heartbeat_seconds, self._take)
+            await connection.serve(welcome.heartbeat_seconds, self._executor.problem, self._take)
         finally:
             self._channel.outbox = None
             self._snapshot_requests.close()

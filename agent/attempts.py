@@ -53,6 +53,7 @@ class Attempt:
         self._failure: messages.Rejected | messages.Lost | None = None
         self._is_ending = directory.is_to_be_killed() and self.phase is not AttemptPhase.FINISHED
         self._is_dropped = False
+        self._waiting_reason: str | None = None
         self._released = asyncio.Event()
         self._tasks = tasks
         self._task: asyncio.Task[None] | None = None
@@ -84,6 +85,8 @@ class Attempt:
             return
         if self.phase is not AttemptPhase.RECEIVING:
             self._channel.put(messages.Accepted(self.id))
+        if self.phase is AttemptPhase.ACCEPTED and self._waiting_reason is not None:
+            self._channel.put(messages.Waiting(self.id, self._waiting_reason))
         if self.phase in (AttemptPhase.RUNNING, AttemptPhase.FINISHED):
             self._channel.put(messages.Started(self.id))
         if self.phase is AttemptPhase.FINISHED and self._finished is not None:
@@ -291,7 +294,11 @@ class Attempt:
 
     def _tell_reason(self, reason: str) -> None:
         """The executor says why the job does not run yet."""
+        if reason == self._waiting_reason:
+            return
+        self._waiting_reason = reason
         event(log, "waiting", job=self.job_id, attempt=self.id, reason=reason)
+        self._channel.put(messages.Waiting(self.id, reason))
 
     def _log(self, name: str) -> None:
         event(log, name, job=self.job_id, attempt=self.id)

@@ -82,27 +82,34 @@ class Connection:
         await self._socket.send_str(codec.encode(hello))
         return await asyncio.wait_for(_receive_welcome(self._socket), _CONNECT_SECONDS)
 
-    async def serve(self, heartbeat_seconds: float, take: Callable[[Received], None]) -> None:
+    async def serve(
+        self,
+        heartbeat_seconds: float,
+        problem: Callable[[], str | None],
+        take: Callable[[Received], None],
+    ) -> None:
         """Send what is in the outbox and hand what comes to ``take``, until the connection ends.
+
+        Each heartbeat says whether there is a ``problem``.
 
         Always raises: :class:`ConnectionEnded`, or why it broke.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.outbox.run(self._socket), name="outbox")
-                tasks.create_task(self._beat(heartbeat_seconds), name="heartbeat")
+                tasks.create_task(self._beat(heartbeat_seconds, problem), name="heartbeat")
                 async for received in self._receive():
                     take(received)
                 raise ConnectionEnded("the server closed the connection")
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
 
-    async def _beat(self, interval: float) -> None:
+    async def _beat(self, interval: float, problem: Callable[[], str | None]) -> None:
         """Send heartbeats; end the connection when the server was silent for too long."""
         loop = asyncio.get_running_loop()
         self._heard_at = loop.time()
         while loop.time() - self._heard_at < _SILENT_HEARTBEATS * interval:
-            self.outbox.put(messages.Heartbeat(os.getloadavg()[0]))
+            self.outbox.put(messages.Heartbeat(os.getloadavg()[0], problem()))
             await asyncio.sleep(interval)
         raise ConnectionEnded("the server is silent")
 

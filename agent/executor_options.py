@@ -15,9 +15,9 @@ from agent.executors.slurm_commands import SlurmCommands
 from agent.executors.slurm_submission import checked_options
 from agent.isolation.base import PREPARING_MODULE
 from agent.isolation.choice import Isolator
-from agent.job_environment import inherited_environment
 from agent.settings import AgentSettings
 from config import ConfigError
+from runtime import inherited_environment
 
 _SLURM_SLOTS = 100
 

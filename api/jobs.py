@@ -55,7 +55,12 @@ class JobHandlers:
         if details is None:
             raise UnknownJob
         queue = await self._queue_body(details.summary)
-        return web.json_response({**_details_body(details), "queue": queue})
+        reason = None if queue is None else queue["reason"]
+        if details.summary.state is JobState.SUBMITTED:
+            reason = self._dispatcher.why_not_running(job_id)
+        return web.json_response(
+            {**_details_body(details), "queue": queue, "waiting_reason": reason}
+        )
 
     async def _queue_body(self, job: JobSummary) -> dict[str, Any] | None:
         if job.state is not JobState.QUEUED:

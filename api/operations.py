@@ -200,6 +200,7 @@ def _agent_body(agent: AgentStatus, user_id: int | None) -> dict[str, Any]:
         "is_drained": agent.is_drained,
         "heartbeat_age": _rounded(agent.heartbeat_age),
         "load": agent.load,
+        "problem": agent.problem,
         "connected_since": rfc3339(agent.connected_since),
         "address": agent.address,
         "lease_left": _rounded(agent.lease_left),

@@ -18,6 +18,7 @@ class Attempt:
     number: int
     demand: Demand
     state: JobState = JobState.PROCESSING
+    waiting_reason: str | None = None  # why it does not run yet, as its agent says
     may_have_result: bool = True  # some bytes of it may be stored already
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

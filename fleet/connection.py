@@ -56,6 +56,7 @@ class Connection:
         self.heard_at = asyncio.get_running_loop().time()
         self.connected_at = time.time()
         self.load: float | None = None
+        self.problem: str | None = None
         self.outbox = Outbox()
         self.remains: dict[int, Attempt] = {}
         self.relays: dict[int, SnapshotRelay] = {}

@@ -32,8 +32,9 @@ class AgentStatus:
 
     ``services`` is None for all; ``busy`` is the number of slots in use, of ``slots``, which
     are 0 while it stops by itself. ``resources`` is all it has, ``used`` what its jobs have of
-    it. ``heartbeat_age``: seconds since it was heard, None if not
-    since the server started. ``load``: the load average of its machine. ``lease_left``: seconds
+    it. ``heartbeat_age``: seconds since it was heard, None if not since the server started.
+    ``load``: the load average of its machine. ``problem``: what keeps it from starting any job
+    at all. ``lease_left``: seconds
     until the jobs of an agent that is away go to others.
     """
 
@@ -50,6 +51,7 @@ class AgentStatus:
     is_drained: bool
     heartbeat_age: float | None
     load: float | None
+    problem: str | None
     connected_since: float | None
     address: str | None
     lease_left: float | None
@@ -159,6 +161,7 @@ class Agent:
             is_drained=self.is_drained,
             heartbeat_age=None if heard_at is None else now - heard_at,
             load=None if connection is None else connection.load,
+            problem=None if connection is None else connection.problem,
             connected_since=None if connection is None else connection.connected_at,
             address=None if connection is None else connection.address,
             lease_left=None if self.lease_ends_at is None else max(0.0, self.lease_ends_at - now),

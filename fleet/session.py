@@ -27,6 +27,7 @@ log = logging.getLogger("orchestrator.fleet")
 
 _HELLO_SECONDS = 10.0
 _FINISH_SECONDS = 2.0
+_MAX_REASON_CHARACTERS = 500  # of what an agent may say about an attempt that waits
 _SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals is dead
 
 
@@ -208,6 +209,7 @@ class Session:
         match message:
             case messages.Heartbeat():
                 self._connection.load = message.load
+                self._connection.problem = message.problem
                 self._outbox.put(messages.Heartbeat())
             case messages.Drain():
                 event(log, "agent_drains", agent=self._agent.name)
@@ -216,6 +218,9 @@ class Session:
                 self._roster.take_answer(self._agent, message)
             case messages.Acknowledge():
                 self._outbox.acknowledge(message.transfer, message.offset)
+            case messages.Waiting():
+                if attempt := self._agent.attempts.get(message.attempt_id):
+                    attempt.waiting_reason = message.reason[:_MAX_REASON_CHARACTERS]
             case (
                 messages.Accepted()
                 | messages.Started()

@@ -52,7 +52,7 @@ class JobInfo:
 
     Times are in UTC, ``timeout`` in seconds, ``memory`` and sizes in bytes. ``outcome`` is how a
     job ended, also once its files were removed (``Cleaned``). ``exit_code`` is that of its last
-    attempt. ``waiting`` says why a queued job waits. What only the details have (``exit_code``,
+    attempt. ``waiting`` says why a job does not run yet. What only the details have (``exit_code``,
     ``waiting``, ``result_size``) is None in lists. ``raw`` is the whole answer.
     """
 
@@ -135,7 +135,7 @@ def job_info(body: Mapping[str, Any]) -> JobInfo:
             finished_at=_time(body["finished_at"]),
             outcome=None if outcome is None else JobState(outcome),
             exit_code=attempts[-1]["exit_code"] if attempts else None,
-            waiting=(body.get("queue") or {}).get("reason"),
+            waiting=body.get("waiting_reason"),
             result_size=None if result is None else int(result["size"]),
             raw=body,
         )

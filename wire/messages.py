@@ -154,9 +154,13 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The sender lives. ``load`` is the 1-minute load average of an agent's machine."""
+    """The sender lives. ``load`` is the 1-minute load average of an agent's machine.
+
+    ``problem`` says what keeps an agent from starting any job at all, None if nothing does.
+    """
 
     load: float | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +199,14 @@ class Accepted:
     """Agent has all input on disk, checked."""
 
     attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An accepted job does not run yet, for the reason that is given; the last one counts."""
+
+    attempt_id: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +315,7 @@ Message: TypeAlias = (
     | Drain
     | Assign
     | Accepted
+    | Waiting
     | Started
     | Finished
     | Rejected

@@ -36,9 +36,9 @@ from agent.executors.slurm_commands import (
 from agent.executors.slurm_records import SlurmRecords
 from agent.executors.slurm_submission import Request, batch_script
 from agent.executors.slurm_watch import SlurmWatch
-from agent.job_environment import PASSED_PREFIXES, PASSED_VARIABLES
 from agent.outcomes import Exit, ExitKind, JobLost
 from jobs import MAX_CPUS, MAX_GPUS, MAX_MEMORY_BYTES, Resources
+from runtime import PASSED_PREFIXES, PASSED_VARIABLES
 from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.slurm")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import AgentProcess, Server, curl, eventually, lines, running_server
+from tests.harness import AgentProcess, Server, running_server
 from tests.slurm_cluster import SlurmCluster
 
 
