@@ -18,7 +18,12 @@ from urllib.parse import urlsplit
 import config
 import runtime
 from agent.agent import Agent
-from agent.executor_options import add_executor_options, default_slots, executor_of
+from agent.executor_options import (
+    add_executor_options,
+    default_slots,
+    executor_of,
+    with_joined_values,
+)
 from agent.isolation.choice import IsolationSettings
 from agent.isolation.job_user import parsed as parsed_job_user
 from agent.settings import AgentRefused, AgentSettings
@@ -67,7 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_executor_options(parser)
     parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=config.VERSION)
-    return parser.parse_args(arguments)
+    return parser.parse_args(with_joined_values(arguments))
 
 
 def _add_isolation_options(parser: argparse.ArgumentParser) -> None:

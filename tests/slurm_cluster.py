@@ -52,6 +52,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,bf_interval=1
 ReturnToService=2
 KillWait=5
+MessageTimeout=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 DefMemPerCPU=100
@@ -78,6 +79,7 @@ class SlurmCluster:
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         self.environment = {**os.environ, "SLURM_CONF": str(self.configuration), "PATH": path}
         self._cpus = cpus
+        self._old: set[str] = set()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # --- life
@@ -181,6 +183,31 @@ class SlurmCluster:
         """Return the state of each job that Slurm remembers, by its name and number."""
         lines = self.command("squeue", "-h", "-t", "all", "-o", "%j %i %T").splitlines()
         return {" ".join(line.split()[:2]): line.split()[2] for line in lines}
+
+    def job_states(self) -> list[str]:
+        """Return the states of the jobs of attempts since :meth:`cancel_all`."""
+        return [
+            state
+            for name, state in self.jobs().items()
+            if name.startswith("orchestrator-") and name not in self._old
+        ]
+
+    def cancel_all(self) -> None:
+        """End all jobs, and forget that they were there."""
+        self.command("scancel", f"--user={getpass.getuser()}")
+        self.resume_node()
+
+        def is_quiet() -> bool:
+            return not self.command("squeue", "-h").strip()
+
+        _wait(is_quiet, "no job is left", self.log)
+        self._old = set(self.jobs())
+
+    def resume_node(self) -> None:
+        """Have the node take jobs again, whatever was done to it."""
+        # an error if it never stopped to
+        self._run("scontrol", "update", f"nodename={NODE}", "state=resume")
+        _wait(lambda: self.node_state() in ("idle", "mixed", "allocated"), "the node", self.log)
 
     def log(self) -> str:
         """Return the end of what the daemons have logged."""

@@ -297,12 +297,12 @@ class SlurmExecution(Execution):
 
     async def _ask(self) -> SlurmRecord | None:
         """Ask for the job by its number; returns what Slurm says if that is its end."""
-        number = self._number()
+        number, name = self._number(), self._records.name()
         self._asked_at = _now()
-        if number is None:
+        if number is None or name is None:
             return None
         try:
-            record = await self._commands.record(number)
+            record = await self._commands.record(number, name)
         except SlurmSilent as error:
             self._log("end_unconfirmed", {"slurm": number, "error": str(error)})
             return None
@@ -359,7 +359,7 @@ class SlurmExecution(Execution):
                 break
             if _now() >= next_try:
                 if self.is_started() and not is_told:
-                    is_told, pause = True, await self._tell_supervisor(grace)
+                    is_told, pause = True, await self._tell_supervisor(name, grace)
                 else:
                     pause = await self._cancel(name)
                 next_try = _now() + pause
@@ -370,14 +370,12 @@ class SlurmExecution(Execution):
         if self._records.exit() is None:
             await self._cancel(name)  # its keeper may wait for Slurm's last word
 
-    async def _tell_supervisor(self, grace: float) -> float:
+    async def _tell_supervisor(self, name: str, grace: float) -> float:
         """Have the supervisor end the job; returns how long that may take."""
-        number = self._number()
-        assert number is not None
         try:
-            await self._commands.terminate_batch(number)
+            await self._commands.terminate_batch(name)
         except SlurmSilent as error:
-            self._log("cancel_unanswered", {"slurm": number, "error": str(error)})
+            self._log("cancel_unanswered", {"slurm": self._number(), "error": str(error)})
         return grace
 
     async def _cancel(self, name: str) -> float:

@@ -18,6 +18,7 @@ import enum
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ _NEVER_PASSED = frozenset(["SBATCH_EXPORT", "SBATCH_CLUSTERS", "SBATCH_ARRAY_INX
 _SEPARATOR = "|"  # our job names have none; a reason may have anything, and stands last
 _SQUEUE_FORMAT = _SEPARATOR.join(("%i", "%T", "%j", "%N", "%r"))
 _JOB_ID = re.compile(r"[0-9]+")
-_FIELD = re.compile(r"(?:^| )(JobState|Reason|NodeList)=(\S*)")
+_FIELD = re.compile(r"(?:^| )(JobName|JobState|Reason|NodeList)=(\S*)")
 
 _NOT_REACHED = (
     "unable to contact slurm controller",
@@ -207,23 +208,26 @@ class SlurmCommands:
             raise SlurmSilent(done.message())
         return tuple(job for line in done.output.splitlines() if (job := _parse_job(line)))
 
-    async def record(self, job_id: int) -> SlurmRecord:
+    async def record(self, job_id: int, name: str) -> SlurmRecord:
         """Ask for one job by its number, in the accounts too if slurmctld has forgotten it.
 
-        Raises :class:`SlurmSilent` if nobody can say.
+        A job of another name is another job: a slurmctld that lost its last state gives numbers
+        out again. Raises :class:`SlurmSilent` if nobody can say.
         """
         done = await self._run("scontrol", "--oneliner", "show", "job", str(job_id))
         if done.code == 0:
             fields = dict(_FIELD.findall(done.output))
+            if fields.get("JobName", name) != name:
+                return SlurmRecord(None)
             if "JobState" in fields:
                 has_node = fields.get("NodeList") not in (None, "", "(null)")
                 return SlurmRecord(fields["JobState"], fields.get("Reason", ""), has_node)
             raise SlurmSilent(f"scontrol said {done.output[:_MAX_MESSAGE]!r}")
         if "invalid job id" not in done.message().lower():
             raise SlurmSilent(done.message())
-        return await self._account(job_id) or SlurmRecord(None)
+        return await self._account(job_id, name) or SlurmRecord(None)
 
-    async def _account(self, job_id: int) -> SlurmRecord | None:
+    async def _account(self, job_id: int, name: str) -> SlurmRecord | None:
         """Ask sacct, which is not everywhere. What it calls running may have ended long ago."""
         if not self._has_accounting:
             return None
@@ -231,7 +235,7 @@ class SlurmCommands:
             done = await self._run(
                 "sacct",
                 *("--noheader", "--parsable2", "--allocations", "--duplicates"),
-                *(f"--jobs={job_id}", "--format=State"),
+                *(f"--jobs={job_id}", f"--name={name}", "--format=State"),
             )
         except SlurmSilent:
             return None
@@ -242,17 +246,16 @@ class SlurmCommands:
         ended = [state for state in states if standing_of(state) is Standing.ENDED]
         return SlurmRecord(ended[-1]) if ended else None
 
-    async def cancel(self, job_id: int) -> None:
-        """Ask Slurm to end a job. No error if it has ended. Raises :class:`SlurmSilent`."""
-        await self._scancel(str(job_id))
-
     async def cancel_named(self, name: str) -> None:
-        """Ask Slurm to end our jobs of a name, if there are any. Raises :class:`SlurmSilent`."""
+        """Ask Slurm to end our jobs of a name. No error if there is none, or it has ended.
+
+        Raises :class:`SlurmSilent`.
+        """
         await self._scancel(f"--name={name}", f"--user={self._user}")
 
-    async def terminate_batch(self, job_id: int) -> None:
-        """Send SIGTERM to the batch script alone. Raises :class:`SlurmSilent`."""
-        await self._scancel("--batch", "--signal=TERM", str(job_id))
+    async def terminate_batch(self, name: str) -> None:
+        """Send SIGTERM to the batch scripts of a name alone. Raises :class:`SlurmSilent`."""
+        await self._scancel("--batch", "--signal=TERM", f"--name={name}", f"--user={self._user}")
 
     async def _scancel(self, *arguments: str) -> None:
         done = await self._run("scancel", "--quiet", *arguments)
@@ -261,21 +264,25 @@ class SlurmCommands:
             raise SlurmSilent(done.message())
 
     async def _run(self, *words: str, stdin: str = "", seconds: float = _COMMAND_SECONDS) -> _Done:
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *words,
-                env=self._environment,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                # Ctrl-C in a terminal is for the agent
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise SlurmSilent(f"{words[0]}: {error.strerror}") from None
+        # a file and no pipe: a command that fails at once would leave us writing to nobody
+        with tempfile.TemporaryFile() as source:
+            source.write(stdin.encode())
+            source.seek(0)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *words,
+                    env=self._environment,
+                    stdin=source,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    # Ctrl-C in a terminal is for the agent
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise SlurmSilent(f"{words[0]}: {error.strerror}") from None
         try:
             async with asyncio.timeout(seconds):
-                output, errors = await process.communicate(stdin.encode())
+                output, errors = await process.communicate()
         except TimeoutError:
             raise SlurmSilent(f"{words[0]} gave no answer in {seconds:g} s") from None
         finally:

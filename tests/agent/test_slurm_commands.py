@@ -55,19 +55,21 @@ async def test_a_job_is_seen_by_name_from_submission_to_end(
     (tmp_path / "go").touch()
     ended = await _seen(commands, number, lambda job: job.standing is Standing.ENDED)
     assert (ended.state, ended.reason) == ("FAILED", "NonZeroExitCode")
-    record = await commands.record(number)
+    record = await commands.record(number, "watched-1")
     assert record == SlurmRecord("FAILED", "NonZeroExitCode")
     assert record.has_ended
 
 
 async def test_the_reason_of_a_job_that_waits_is_slurms(commands: SlurmCommands) -> None:
-    number = await commands.submit("#!/bin/sh\ntrue\n", [*_OPTIONS, "--hold"])
+    number = await commands.submit("#!/bin/sh\ntrue\n", [*_OPTIONS, "--hold", "--job-name=held-1"])
     waiting = await _seen(commands, number, lambda job: job.reason == "JobHeldUser")
     assert waiting.standing is Standing.WAITS
-    await commands.cancel(number)
+    await commands.cancel_named("held-1")
     ended = await _seen(commands, number, lambda job: job.standing is Standing.ENDED)
     assert ended.state == "CANCELLED"
-    await commands.cancel(number)  # once more: no error
+    await commands.cancel_named("held-1")  # once more: no error
+    # another job has the number, as after a loss of slurmctld's state
+    assert await commands.record(number, "held-2") == SlurmRecord(None)
     await commands.cancel_named("no-job-has-this-name")
 
 
@@ -86,21 +88,21 @@ async def test_a_refusal_is_told_in_slurms_own_words(commands: SlurmCommands) ->
 async def test_a_job_that_slurm_does_not_know_has_ended_and_one_it_can_not_tell_of_has_not(
     commands: SlurmCommands, stand_in: StandIn
 ) -> None:
-    assert await commands.record(4_000_000) == SlurmRecord(None)
+    assert await commands.record(4_000_000, "name") == SlurmRecord(None)
     stand_in.put(
         "scontrol", "echo 'slurm_load_jobs error: Zero Bytes were transmitted' >&2; exit 1"
     )
     with pytest.raises(SlurmSilent, match="Zero Bytes"):
-        await SlurmCommands(stand_in.environment).record(4_000_000)
+        await SlurmCommands(stand_in.environment).record(4_000_000, "name")
 
 
 async def test_accounts_tell_the_end_of_a_job_that_slurmctld_forgot(stand_in: StandIn) -> None:
     stand_in.put("sacct", "printf 'RUNNING\\nCANCELLED by 1000\\n'")
     commands = SlurmCommands(stand_in.environment)
-    assert await commands.record(4_000_000) == SlurmRecord("CANCELLED by 1000")
+    assert await commands.record(4_000_000, "name") == SlurmRecord("CANCELLED by 1000")
     # a job whose end slurmdbd was not told of is RUNNING there for ever
     stand_in.put("sacct", "echo RUNNING")
-    assert await commands.record(4_000_000) == SlurmRecord(None)
+    assert await commands.record(4_000_000, "name") == SlurmRecord(None)
 
 
 async def test_words_of_another_slurm_are_unknown(stand_in: StandIn) -> None:
