@@ -117,7 +117,7 @@ class LocalExecution(Execution):
         """
         self._directory.claim(LocalExecutor.name)
         if self.is_started():
-            return
+            return None
         enclosure = self._enclosure(command)
         request = LaunchRequest(
             self._directory.path,

@@ -86,7 +86,7 @@ class _Execution(Execution):
         self._step("check")
         self._directory.check_boot()
 
-    async def start(self, command: Command, on_reason: Callable[[str], None]) -> None:
+    async def start(self, command: Command, on_reason: Callable[[str], None]) -> Exit | None:
         self._step("before the claim")
         self._directory.claim(CrashingExecutor.name)
         self._step("after the claim")
@@ -101,6 +101,7 @@ class _Execution(Execution):
             on_reason("it has not begun")
             await asyncio.sleep(_LOOK_SECONDS)
         self._step("after the start")
+        return None
 
     async def wait(self) -> Exit:
         self._step("before the wait")
