@@ -14,6 +14,7 @@ Slurm has confirmed it in so many words and the file system has had time to show
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from agent import plain_files
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution, Executor
 from agent.executors.records import supervisor_errors
@@ -33,7 +35,7 @@ from agent.executors.slurm_commands import (
     Standing,
     SubmissionRefused,
 )
-from agent.executors.slurm_records import SlurmRecords
+from agent.executors.slurm_records import SlurmRecords, name_in
 from agent.executors.slurm_submission import Request, batch_script
 from agent.executors.slurm_watch import SlurmWatch
 from agent.outcomes import Exit, ExitKind, JobLost
@@ -54,6 +56,7 @@ _LOOK_SECONDS = 1.0
 _MESSAGE_CHARACTERS = 300
 _CANCEL_AGAIN_SECONDS = 30.0
 _CANCEL_LOOK_SECONDS = 2.0
+_ABANDONED_SECONDS = 120.0
 _KILL_MARGIN_SECONDS = 10.0
 
 _FINAL_WORDS = {
@@ -122,6 +125,25 @@ class SlurmExecutor(Executor):
     def execution(self, directory: AttemptDirectory) -> Execution:
         """Return the execution of an attempt in Slurm."""
         return SlurmExecution(directory, self)
+
+    async def end_abandoned(self, attempt: Path) -> None:
+        """Cancel what was submitted for an attempt of which nothing else is known."""
+        plain_files.mark(attempt / "kill")
+        name = name_in(attempt)
+        if name is None:
+            return
+        try:
+            async with asyncio.timeout(_ABANDONED_SECONDS):
+                await self.commands.cancel_named(name)
+                while any(
+                    job.name == name and job.standing is not Standing.ENDED
+                    for job in await self.commands.jobs()
+                ):
+                    await asyncio.sleep(_CANCEL_LOOK_SECONDS)
+        except SlurmSilent as error:
+            raise OSError(errno.EAGAIN, f"Slurm does not answer: {error}") from None
+        except TimeoutError:
+            raise OSError(errno.ETIMEDOUT, f"Slurm has not ended the job {name}") from None
 
     def close(self) -> None:
         """Do nothing: jobs in Slurm need nobody."""

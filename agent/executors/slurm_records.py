@@ -15,6 +15,13 @@ from agent.supervision.launcher import LaunchRequest
 _NAME, _NUMBER, _CLAIM = "slurm-name", "slurm-id", "slurm-claim"
 
 
+def name_in(attempt: Path) -> str | None:
+    """Return the name of the batch job that was, perhaps, submitted for an attempt."""
+    with suppress(FileNotFoundError):
+        return os.readlink(attempt / _NAME)
+    return None
+
+
 class SlurmRecords:
     """The files of one attempt, asked of the file server anew where that matters."""
 
@@ -37,9 +44,7 @@ class SlurmRecords:
 
     def name(self) -> str | None:
         """Return the batch job's name; None if none can have been submitted."""
-        with suppress(FileNotFoundError):
-            return os.readlink(self._path / _NAME)
-        return None
+        return name_in(self._path)
 
     def note_number(self, number: int) -> None:
         """Write down which number the batch job has."""
