@@ -134,16 +134,17 @@ class SlurmExecutor(Executor):
             return
         try:
             async with asyncio.timeout(_ABANDONED_SECONDS):
-                await self.commands.cancel_named(name)
-                while any(
-                    job.name == name and job.standing is not Standing.ENDED
-                    for job in await self.commands.jobs()
-                ):
+                while await self._is_listed(name):
+                    await self.commands.cancel_named(name)
                     await asyncio.sleep(_CANCEL_LOOK_SECONDS)
         except SlurmSilent as error:
             raise OSError(errno.EAGAIN, f"Slurm does not answer: {error}") from None
         except TimeoutError:
             raise OSError(errno.ETIMEDOUT, f"Slurm has not ended the job {name}") from None
+
+    async def _is_listed(self, name: str) -> bool:
+        jobs = await self.commands.jobs()
+        return any(job.name == name and job.standing is not Standing.ENDED for job in jobs)
 
     def close(self) -> None:
         """Do nothing: jobs in Slurm need nobody."""

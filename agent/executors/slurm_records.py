@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import suppress
+from pathlib import Path
 
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command
