@@ -229,16 +229,24 @@ class Session:
                 | messages.Lost()
             ):
                 self._take_report(message)
-            case messages.SnapshotReady():
-                if relay := self._connection.relays.get(message.request_id):
-                    relay.begin(message.size)
-            case messages.SnapshotRefused():
-                if relay := self._connection.relays.get(message.request_id):
-                    relay.fail(message.reason)
+            case messages.SnapshotReady() | messages.SnapshotRefused():
+                self._take_snapshot_answer(message)
             case codec.UnknownMessage():
                 event(log, "unknown_message", agent=self._agent.name, type=message.type)
             case _:
                 raise ProtocolError(f"an agent does not send {type(message).__name__}")
+
+    def _take_snapshot_answer(
+        self, message: messages.SnapshotReady | messages.SnapshotRefused
+    ) -> None:
+        relay = self._connection.relays.get(message.request_id)
+        if relay is None:
+            return  # nobody wants it any more
+        match message:
+            case messages.SnapshotReady():
+                relay.begin(message.size)
+            case messages.SnapshotRefused():
+                relay.fail(message.reason)
 
     def _take_frame(self, frame: Frame) -> None:
         attempt_id, stream = transfer_parts(frame.transfer)

@@ -37,7 +37,7 @@ async def test_a_server_that_welcomes_and_hangs_up_is_not_stormed(
 
     async def converse(conversation: Connection) -> None:
         welcomed = await conversation.greet(_HELLO)
-        await conversation.serve(welcomed.heartbeat_seconds, lambda received: None)
+        await conversation.serve(welcomed.heartbeat_seconds, lambda: None, lambda received: None)
 
     application = web.Application()
     application.router.add_get("/agent", welcome_and_hang_up)
