@@ -18,6 +18,7 @@ from pathlib import Path
 from bench import report
 from bench.backlog import queue
 from bench.command_line import command
+from bench.dashboards import dashboards
 from bench.fleet import agents
 from bench.idle import idle
 from bench.measure import Figure
@@ -39,6 +40,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "agents": agents,
     "idle": idle,
     "poll": poll,
+    "dashboards": dashboards,
     "command": command,
 }
 """By name, in the order in which they run."""

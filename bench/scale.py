@@ -34,6 +34,9 @@ class Scale:
     poll_connections: int
     poll_seconds: float
     poll_jobs: int
+    dashboards: int
+    dashboard_transitions: int
+    dashboard_seconds: float
 
 
 WHOLE = Scale(
@@ -58,6 +61,9 @@ WHOLE = Scale(
     poll_connections=64,
     poll_seconds=2.0,
     poll_jobs=60,
+    dashboards=50,
+    dashboard_transitions=50,
+    dashboard_seconds=10.0,
 )
 
 SMOKE = Scale(
@@ -82,4 +88,7 @@ SMOKE = Scale(
     poll_connections=8,
     poll_seconds=0.2,
     poll_jobs=6,
+    dashboards=3,
+    dashboard_transitions=50,
+    dashboard_seconds=0.5,
 )
