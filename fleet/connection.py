@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 from config import ServiceLimits, Settings, SettingsInForce
@@ -36,11 +37,21 @@ class AgentSocket(Socket, Protocol):
         """Iterate over what arrives; ends when the connection does."""
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadableInput:
+    """An attempt whose input could not be read when it was to be sent."""
+
+    attempt_id: int
+    files: tuple[StoredFile, ...]
+    error: Exception
+
+
 class Connection:
     """One connection of one agent, as a place to send to; a session receives on it.
 
     ``is_welcomed``: what is assigned may go straight to the agent. ``remains`` are killed
-    attempts whose files the agent still has to deliver, by attempt id.
+    attempts whose files the agent still has to deliver, by attempt id. ``unreadable`` tells of
+    inputs that could not be sent.
     """
 
     def __init__(
@@ -60,6 +71,7 @@ class Connection:
         self.outbox = Outbox()
         self.remains: dict[int, Attempt] = {}
         self.relays: dict[int, SnapshotRelay] = {}
+        self.unreadable: asyncio.Queue[UnreadableInput] = asyncio.Queue()
         self._store = store
         self._settings = settings
         self._socket = socket
@@ -160,8 +172,12 @@ class Connection:
                 return content[position:]
             return await self._store.blobs.read_files(files, position)
 
+        def on_failure(error: Exception) -> None:
+            self.unreadable.put_nowait(UnreadableInput(attempt_id, files, error))
+
         if offset < size:
-            self.outbox.open(transfer_id(attempt_id, Stream.INPUT), source, offset, size)
+            transfer = transfer_id(attempt_id, Stream.INPUT)
+            self.outbox.open(transfer, source, offset, size, on_failure)
 
     async def kill(self, attempt: Attempt) -> bool:
         """Ask the agent to end an attempt; returns whether it has, and the result is stored."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jobs
+from config import MAX_UPLOAD_BYTES
 from fleet.attempt import Attempt
 from fleet.roster import Agent, Roster
 from fleet.storing import until_stored
@@ -30,6 +32,10 @@ from wire.messages import ProtocolError
 from wire.outbox import Outbox
 
 log = logging.getLogger("orchestrator.fleet")
+
+_MAX_MESSAGE_LENGTH = 4000  # of what an agent says that users read
+_MEMBER_BYTES = 10_000  # of an archive for each file, its content aside: its long name twice
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(slots=True)
@@ -110,7 +116,8 @@ class Intake:
             case messages.Started():
                 await self._advance(jobs.JobState.RUNNING, "process started")
             case messages.Finished():
-                self._result = result = await self._begin_result(item)
+                report = replace(item, message=item.message[:_MAX_MESSAGE_LENGTH])
+                self._result = result = await self._begin_result(report)
                 if result.offset == item.result_size:
                     # stored before, but the agent did not hear of it
                     await self._finish(result, result.offset, [])
@@ -118,11 +125,11 @@ class Intake:
             case Frame():
                 return not await self._take_result(item)
             case messages.Lost():
-                reason = f"agent {self._agent.name} lost it: {item.reason}"
+                reason = f"agent {self._agent.name} lost it: {item.reason[:_MAX_MESSAGE_LENGTH]}"
                 await self._give_back(reason, "lost")
                 return False
             case messages.Rejected():
-                await self._reject(item.reason)
+                await self._reject(item.reason[:_MAX_MESSAGE_LENGTH])
                 return False
         return True
 
@@ -183,8 +190,12 @@ class Intake:
     async def _begin_result(self, report: messages.Finished) -> _Result:
         if report.state not in jobs.FINAL_STATES:
             raise ProtocolError(f"attempt {report.attempt_id}: finished as {report.state}")
-        if report.result_size < 1:
-            raise ProtocolError(f"attempt {report.attempt_id}: a result of no bytes")
+        if not 0 < report.result_size <= self._largest_result():
+            raise ProtocolError(
+                f"attempt {report.attempt_id}: a result of {report.result_size} bytes"
+            )
+        if not _SHA256.fullmatch(report.result_sha256):
+            raise ProtocolError(f"attempt {report.attempt_id}: no SHA-256 of the result")
         if not self._attempt.may_have_result:
             return _Result(report, hashlib.sha256(), 0)
         offset = await self._store.attempts.result_size(report.attempt_id)
@@ -193,6 +204,17 @@ class Intake:
             offset = 0
         digest = await self._store.attempts.result_digest(report.attempt_id, offset)
         return _Result(report, digest, offset)
+
+    def _largest_result(self) -> int:
+        """Return how large an archive can be of what a job may leave."""
+        settings = self._roster.settings
+        inputs = MAX_UPLOAD_BYTES + settings.max_files * _MEMBER_BYTES
+        return (
+            settings.max_result_bytes
+            + settings.max_result_files * _MEMBER_BYTES
+            + 2 * settings.max_log_bytes
+            + inputs
+        )
 
     async def _take_result(self, first: Frame) -> bool:
         """Store the frames that are there; returns whether the result is whole and stored."""

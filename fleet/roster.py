@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-import config
 from config import Settings, SettingsInForce
 from events import AgentChangeKind
 from fleet.attempt import Attempt
 from fleet.connection import Connection
+from fleet.greeting import hello_problem
 from fleet.placement import Capacity
 from fleet.storing import until_stored
 from jobs import NO_RESOURCES, Isolation, IsolationKind, IsolationOffer, Resources
@@ -21,9 +22,6 @@ from telemetry.logs import event
 from wire import messages
 
 log = logging.getLogger("orchestrator.fleet")
-
-MAX_SLOTS = 4096
-_MAX_ID_LENGTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +73,13 @@ class Agent:
     version: str | None = None
     is_drained: bool = False
     heard_at: float | None = None
-    lease_ends_at: float | None = None  # on the event loop's clock
     default_isolation: IsolationKind = IsolationKind.NONE
     isolation: tuple[IsolationOffer, ...] = ()
     answers: dict[str, tuple[Isolation, str | None]] = field(default_factory=dict)
     unable: dict[str, str] = field(default_factory=dict)  # why, by service
     offered: frozenset[str] | None = None
+    away_seconds: float = 0.0  # of its lease, how much has run
+    lease_left: float | None = None  # None: it does not run
 
     def free_slots(self) -> int:
         """Return how many more jobs it could run now."""
@@ -164,10 +163,10 @@ class Agent:
             problem=None if connection is None else connection.problem,
             connected_since=None if connection is None else connection.connected_at,
             address=None if connection is None else connection.address,
-            lease_left=None if self.lease_ends_at is None else max(0.0, self.lease_ends_at - now),
             default_isolation=self.default_isolation,
             isolation=self.isolation,
             problems=tuple(sorted(self.unable.items())),
+            lease_left=self.lease_left,
         )
 
 
@@ -194,6 +193,9 @@ class Roster:
         """Read which agents hold attempts, and which are drained."""
         for active in await self.store.attempts.active():
             self.hold(self._known(active.agent_id, active.agent_name), Attempt.of(active))
+        for agent_id, seconds in (await self.store.agents.absences()).items():
+            if agent_id in self._agents:
+                self._agents[agent_id].away_seconds = seconds
         for known in await self.store.agents.drained():
             self._known(known.id, known.name).is_drained = True
 
@@ -220,8 +222,10 @@ class Roster:
         self, connection: Connection, hello: messages.Hello
     ) -> Agent | messages.Refused:
         """Take an agent in, or say why not. Its lease stops while it is connected."""
-        if refusal := _refusal(hello):
-            return refusal
+        if problem := hello_problem(hello):
+            return messages.Refused(problem, retry=False)
+        if not await self.store.agents.is_secret_of(hello.agent_id, hello.secret):
+            return _wrong_secret(hello)
         agent = self._known(hello.agent_id, hello.name)
         while (present := agent.connection) is not None:
             if present.instance != hello.instance and await present.is_alive():
@@ -243,12 +247,15 @@ class Roster:
         agent.answers = {}
         agent.judge(self.settings)
         self._on_change(agent)
+        is_recorded = False
         try:
-            await until_stored(lambda: self.store.agents.record_connection(agent.id, agent.name))
-        except BaseException:
-            self.detach(connection, agent)
-            raise
-        return agent
+            is_recorded = await until_stored(
+                lambda: self.store.agents.record_connection(agent.id, agent.name, hello.secret)
+            )
+        finally:
+            if not is_recorded:
+                self.detach(connection, agent)
+        return agent if is_recorded else _wrong_secret(hello)
 
     def detach(self, connection: Connection, agent: Agent) -> None:
         """A connection ended; the agent keeps what it holds for the time of its lease."""
@@ -328,6 +335,21 @@ class Roster:
             self.changed(agent)
         attempt.ended.set()
 
+    async def fail(self, agent: Agent, attempt: Attempt, message: str) -> None:
+        """A job can't go on anywhere: end it."""
+        with suppress(Superseded):
+            await until_stored(lambda: self.store.attempts.fail(attempt.id, message))
+            event(
+                log,
+                "failed",
+                level=logging.WARNING,
+                job=attempt.job.id,
+                attempt=attempt.id,
+                agent=agent.name,
+                message=message,
+            )
+        self.forget(agent, attempt)
+
     async def give_back(self, agent: Agent, attempt: Attempt, loss: Loss, reason: str) -> None:
         """An attempt was lost: queue its job again, unless it was the last allowed try."""
         limit = self.settings.max_attempts
@@ -351,17 +373,9 @@ class Roster:
         self.forget(agent, attempt)
 
 
-def _refusal(hello: messages.Hello) -> messages.Refused | None:
-    if hello.protocol != messages.PROTOCOL_VERSION:
-        return messages.Refused(
-            f"agent speaks protocol {hello.protocol}, server {messages.PROTOCOL_VERSION}:"
-            " install the same version on both",
-            retry=False,
-        )
-    try:
-        config.checked_agent_name(hello.name)
-    except config.ConfigError as error:
-        return messages.Refused(str(error), retry=False)
-    if not 0 <= hello.slots <= MAX_SLOTS or not 1 <= len(hello.agent_id) <= _MAX_ID_LENGTH:
-        return messages.Refused("slots or agent id out of range", retry=False)
-    return None
+def _wrong_secret(hello: messages.Hello) -> messages.Refused:
+    return messages.Refused(
+        f"agent id {hello.agent_id!r:.80} belongs to an agent with another secret; give this agent"
+        " a work directory of its own, or the secret that stands in the one of the other",
+        retry=False,
+    )

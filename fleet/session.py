@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,11 @@ import config
 import jobs
 from config import Settings
 from fleet.attempt import Attempt
-from fleet.connection import AgentSocket, Connection
+from fleet.connection import AgentSocket, Connection, UnreadableInput
 from fleet.intake import Intake
 from fleet.roster import Agent, Roster
 from fleet.storing import until_stored
-from records import IllegalTransition, Loss, ResultMismatch, Superseded
+from records import IllegalTransition, Loss, ResultMismatch, StoreDamaged, Superseded
 from runtime import first_failure
 from telemetry.logs import event
 from wire import codec, messages
@@ -28,6 +29,10 @@ log = logging.getLogger("orchestrator.fleet")
 _HELLO_SECONDS = 10.0
 _FINISH_SECONDS = 2.0
 _MAX_REASON_CHARACTERS = 500  # of what an agent may say about an attempt that waits
+_STANDSTILL_SECONDS = 1.0
+_READ_TRIES = 3
+_READ_AGAIN_SECONDS = 1.0
+_MAX_TEXT_LENGTH = 2 * 1024 * 1024  # a hello with ten thousand attempts has about one of them
 _SILENT_HEARTBEATS = 2.5  # a connection that was silent for so many intervals is dead
 
 
@@ -91,6 +96,7 @@ class Session:
                 tasks.create_task(self._connection.send(), name="outbox")
                 tasks.create_task(self._watch_silence(), name="watch silence")
                 tasks.create_task(self._end_when_closed(), name="close")
+                tasks.create_task(self._follow_unreadable(), name="unreadable input")
                 self._roster.changed(self._agent)
                 await self._receive()
                 raise _ConnectionEnded
@@ -116,7 +122,8 @@ class Session:
             frame = await asyncio.wait_for(anext(self._frames), _HELLO_SECONDS)
         except (TimeoutError, StopAsyncIteration):
             raise ProtocolError("no hello") from None
-        hello = codec.decode(frame) if isinstance(frame, str) else None
+        is_text = isinstance(frame, str) and len(frame) <= _MAX_TEXT_LENGTH
+        hello = codec.decode(frame) if isinstance(frame, str) and is_text else None
         if not isinstance(hello, messages.Hello):
             raise ProtocolError("the first message must be a hello")
         self._connection.instance = hello.instance
@@ -135,19 +142,19 @@ class Session:
             slots=agent.slots,
             attempts=len(hello.attempts),
         )
-        await self._find_remains(hello)
+        known = [held for held in hello.attempts if self._is_known(held)]
+        if len(known) < len(hello.attempts):
+            await self._skip_ids(hello.attempts)
+        await self._find_remains(known)
         remains = self._connection.remains
-        wanted = [
-            held
-            for held in hello.attempts
-            if held.attempt_id in agent.attempts or held.attempt_id in remains
-        ]
+        wanted = [held for held in known if held.attempt_id in {*agent.attempts, *remains}]
         self._outbox.put(
             messages.Welcome(
                 protocol=messages.PROTOCOL_VERSION,
                 version=config.VERSION,
                 heartbeat_seconds=_heartbeat_seconds(self._roster.settings),
                 keep=tuple([await self._kept(held) for held in wanted]),
+                incarnation=self._store.incarnations.current,
             )
         )
         # from here on, what is assigned goes straight to the agent
@@ -155,7 +162,7 @@ class Session:
         self._connection.ask_for_isolation()
         for attempt_id in remains:
             self._outbox.put(messages.Kill(attempt_id))
-        present = {held.attempt_id for held in hello.attempts}
+        present = {held.attempt_id for held in known}
         missing = [attempt for attempt in agent.attempts.values() if attempt.id not in present]
         for held in wanted:
             is_to_run = held.attempt_id in agent.attempts
@@ -172,14 +179,39 @@ class Session:
             await self._store.attempts.result_size(held.attempt_id),
             await self._store.output.end(held.attempt_id, Stream.STDOUT),
             await self._store.output.end(held.attempt_id, Stream.STDERR),
+            held.incarnation,
         )
 
-    async def _find_remains(self, hello: messages.Hello) -> None:
+    def _is_known(self, held: messages.HeldAttempt) -> bool:
+        """Say whether an attempt is of this database, not of one that it was copied from or to."""
+        made_in = self._store.incarnations.of(held.attempt_id)
+        mine = self._agent.attempts.get(held.attempt_id)
+        is_of_this_job = mine is None or mine.job.id == held.job_id
+        # one that does not say is of an agent, or a directory, from before there were incarnations
+        return held.incarnation in ("", made_in) and is_of_this_job
+
+    async def _skip_ids(self, attempts: Sequence[messages.HeldAttempt]) -> None:
+        """Give out no ids that an agent knows from another life of the database."""
+        last_attempt = max(held.attempt_id for held in attempts)
+        last_job = max(held.job_id for held in attempts)
+        event(
+            log,
+            "foreign_attempts",
+            level=logging.WARNING,
+            agent=self._agent.name,
+            last_attempt=last_attempt,
+            last_job=last_job,
+        )
+        await until_stored(lambda: self._store.incarnations.skip_ids(last_attempt, last_job))
+
+    async def _find_remains(self, known: Sequence[messages.HeldAttempt]) -> None:
         """See whether the agent comes with what is left of jobs that were killed meanwhile."""
-        for held in hello.attempts:
+        for held in known:
             if held.attempt_id in self._agent.attempts:
                 continue
-            killed = await self._store.attempts.killed_without_result(held.attempt_id)
+            killed = await self._store.attempts.killed_without_result(
+                held.attempt_id, self._agent.id
+            )
             if killed is not None:
                 # as far as can be: what the agent reports of its way changes nothing any more
                 last = jobs.ACTIVE_STATES[-1]
@@ -192,16 +224,44 @@ class Session:
             if isinstance(frame, bytes):
                 self._take_frame(decode_frame(frame))
             else:
+                if len(frame) > _MAX_TEXT_LENGTH:
+                    raise ProtocolError(f"a message of {len(frame)} characters")
                 self._take_message(codec.decode(frame))
 
     async def _watch_silence(self) -> None:
         """End a half-open connection: nothing came for some heartbeats."""
         limit = _SILENT_HEARTBEATS * _heartbeat_seconds(self._roster.settings)
         loop = asyncio.get_running_loop()
-        while (left := self._connection.heard_at + limit - loop.time()) > 0:  # noqa: ASYNC110 - no poll: the deadline moves
+        while (left := self._connection.heard_at + limit - loop.time()) > 0:
+            before = loop.time()
             await asyncio.sleep(left)
+            overslept = loop.time() - before - left
+            if overslept > _STANDSTILL_SECONDS:
+                # the server stood still (a paused machine): what came meanwhile is not read yet
+                heard_at = loop.time() - limit + _heartbeat_seconds(self._roster.settings)
+                self._connection.heard_at = max(self._connection.heard_at, heard_at)
         event(log, "agent_silent", level=logging.WARNING, agent=self._agent.name, seconds=limit)
         raise _ConnectionEnded
+
+    async def _follow_unreadable(self) -> None:
+        """Try again to read inputs that could not be, and fail those jobs that are damaged."""
+        tries: Counter[int] = Counter()
+        while True:
+            input_ = await self._connection.unreadable.get()
+            tries[input_.attempt_id] += 1
+            is_damaged = isinstance(input_.error, StoreDamaged)
+            if not is_damaged and tries[input_.attempt_id] < _READ_TRIES:
+                self._start(self._send_again(input_), f"input of attempt {input_.attempt_id}")
+            elif (attempt := self._agent.attempts.get(input_.attempt_id)) is not None:
+                reason = f"its input can't be read: {input_.error}"
+                await self._roster.fail(self._agent, attempt, reason)
+                self._outbox.put(messages.Drop(attempt.id, "its input can't be read"))
+
+    async def _send_again(self, input_: UnreadableInput) -> None:
+        await asyncio.sleep(_READ_AGAIN_SECONDS)
+        if input_.attempt_id in self._agent.attempts:
+            # what the agent has of it already it ignores
+            self._connection.send_input(input_.attempt_id, input_.files, 0)
 
     # --- what arrives
 

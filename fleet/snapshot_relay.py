@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Callable
 from wire.frames import CHUNK_BYTES, WINDOW_BYTES, Frame
 from wire.messages import ProtocolError
 
+_MAX_BYTES = 2**48
+
 
 class SnapshotUnavailable(Exception):
     """The agent can't give the job's files now; the message says why."""
@@ -28,7 +30,9 @@ class SnapshotRelay:
     # --- the session's end
 
     def begin(self, size: int) -> None:
-        """The agent has made it."""
+        """The agent has made it. Raises :class:`ProtocolError` if no archive has that size."""
+        if not 0 < size <= _MAX_BYTES:
+            raise ProtocolError(f"snapshot: {size} bytes")
         if not self._size.done():
             self._size.set_result(size)
 

@@ -43,6 +43,11 @@ class Agents:
 
         return await self._file.write(operation)
 
+    async def is_secret_of(self, agent_id: str, secret: str | None) -> bool:
+        """Say whether an agent that shows this secret may have the id: it is new, or its own."""
+        rows = await self._file.rows("SELECT secret_sha256 FROM agent WHERE id = ?", (agent_id,))
+        return not rows or rows[0][0] in (None, None if secret is None else digest_of(secret))
+
     async def record_absences(self, seconds: Mapping[str, float]) -> None:
         """Remember for how long agents have been away, by their ids."""
         rows = [(away, agent_id) for agent_id, away in seconds.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from records import (
     Loss,
     NewOutput,
     ResultMismatch,
+    StoreDamaged,
     StoredFile,
     Superseded,
     UserQueue,
@@ -94,7 +96,7 @@ class Attempts:
                 job.attempts,
                 row[0],
                 files,
-                read_stream(db, files, 0) if is_small else None,
+                _content_of(db, files) if is_small else None,
                 agent.id,
                 demand,
             )
@@ -233,8 +235,19 @@ class Attempts:
 
         await self._file.write(operation)
 
-    async def killed_without_result(self, attempt_id: int) -> ActiveJob | None:
-        """Return the job if it was killed in this attempt, which has not delivered it yet."""
+    async def fail(self, attempt_id: int, message: str) -> None:
+        """End a job that can't go on, whoever has it. Raises :class:`Superseded`."""
+
+        def operation(db: Database) -> None:
+            job = active_job_of_attempt(db, attempt_id)
+            drop_partial_result(db, attempt_id)
+            transition(db, job, JobState.FAILED, message, message)
+
+        await self._file.write(operation)
+        self._blobs.to_erase.set()
+
+    async def killed_without_result(self, attempt_id: int, agent_id: str) -> ActiveJob | None:
+        """Return the job if it was killed in this agent's attempt, which has not delivered yet."""
         rows = await self._file.rows(
             """SELECT job.id, job.user_id, job.service, attempt.id,
                       attempt.number, agent.id, agent.name, job.state,
@@ -242,8 +255,9 @@ class Attempts:
                FROM attempt JOIN job ON job.id = attempt.job_id AND job.attempt_id = attempt.id
                         JOIN agent ON agent.id = attempt.agent_id
                         LEFT JOIN blob ON blob.id = attempt.result_blob
-               WHERE attempt.id = ? AND job.state = 'Killed' AND blob.state IS NOT 'sealed'""",
-            (attempt_id,),
+               WHERE attempt.id = ? AND attempt.agent_id = ? AND job.state = 'Killed'
+                 AND blob.state IS NOT 'sealed'""",
+            (attempt_id, agent_id),
         )
         return _active_job(rows[0]) if rows else None
 
@@ -291,6 +305,14 @@ class Attempts:
 
 def _active_job(row: Sequence[Any]) -> ActiveJob:
     return ActiveJob(*(JobIdentity(*row[:3]), *row[3:7], JobState(row[7]), demand_of(row[8:])))
+
+
+def _content_of(db: Database, files: Sequence[StoredFile]) -> bytes | None:
+    """Return all bytes of small files; None if they can't be read, which their transfer tells."""
+    try:
+        return read_stream(db, files, 0)
+    except (StoreDamaged, sqlite3.DatabaseError):
+        return None
 
 
 def _demand_holder(db: Database, attempt_id: int, agent_id: str) -> None:

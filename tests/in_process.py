@@ -49,8 +49,15 @@ class Clock:
     def _time(self) -> float:
         return self._true_time() + self._ahead
 
+    async def spend(self, seconds: float) -> None:
+        """Let so many seconds pass, in steps in which all that runs has its turns."""
+        for _ in range(round(seconds / 0.25)):
+            self.advance(0.25)
+            for _ in range(10):
+                await asyncio.sleep(0)
+
     def advance(self, seconds: float) -> None:
-        """Let so many seconds pass at once."""
+        """Let so many seconds pass at once, as for a process that was stopped."""
         self._ahead += seconds
         self._loop.call_soon(lambda: None)  # it may be asleep until a time by the old clock
 
@@ -181,6 +188,9 @@ class ScriptedExecutor(Executor):
 
     def execution(self, directory: AttemptDirectory) -> Execution:
         return ScriptedExecution(self, directory)
+
+    async def end_abandoned(self, attempt: Path) -> None:
+        return None
 
     def close(self) -> None:
         return None

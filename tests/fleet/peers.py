@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import io
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -47,7 +47,7 @@ class Peer:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.closed_with = ""
+        self.closed = asyncio.Event()
         self._to_server: asyncio.Queue[str | bytes | None] = asyncio.Queue()
         self._from_server: asyncio.Queue[messages.Message | Frame] = asyncio.Queue()
 
@@ -69,7 +69,7 @@ class Peer:
 
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
         """For the server."""
-        self.closed_with = message.decode()
+        self.closed.set()
         self._to_server.put_nowait(None)
         return True
 
@@ -165,6 +165,12 @@ class Fleet:
         status = await self.store.jobs.status(job_id)
         assert status is not None
         return status.state, status.message
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let everything run until a condition holds."""
+        async with asyncio.timeout(_SECONDS):
+            while not condition():
+                await asyncio.sleep(0.001)
 
     async def wait(self, job_id: int, state: JobState) -> str:
         """Wait until a job is in a state; returns its message."""

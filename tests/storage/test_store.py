@@ -593,7 +593,7 @@ async def _change_jobs(store: Store) -> None:
     await store.attempts.reject((await begin(store, jobs[2])).attempt_id, "bad")
     held = await begin(store, jobs[3])
     await store.jobs.kill(jobs[3].id, "unwanted")
-    await store.attempts.killed_without_result(held.attempt_id)
+    await store.attempts.killed_without_result(held.attempt_id, "agent-1")
     await store.jobs.withdraw(jobs[4].id, "unwanted")
     request = JobRequest(1, "example", tags=(("a", "b"),), idempotency_key="key")
     await store.uploads.rerun(jobs[5].id, request, "again", NO_LIMIT)
@@ -650,8 +650,8 @@ async def test_a_killed_job_takes_what_its_last_attempt_left_once_and_nothing_el
     await store.attempts.requeue(lost, Loss.AGENT_AWAY, "away", 3)
     current = await run_job(store, job)
     await store.jobs.kill(job.id, "Job terminated")
-    assert await store.attempts.killed_without_result(lost) is None
-    expected = await store.attempts.killed_without_result(current)
+    assert await store.attempts.killed_without_result(lost, "agent-1") is None
+    expected = await store.attempts.killed_without_result(current, "agent-1")
     assert expected is not None
     assert (expected.attempt_id, expected.state) == (current, JobState.KILLED)
     with pytest.raises(Superseded):
@@ -662,7 +662,7 @@ async def test_a_killed_job_takes_what_its_last_attempt_left_once_and_nothing_el
         whole = zipped(chunk + b"left")
         tail = [whole[CHUNK_BYTES:]]
         await store.attempts.finish("agent-1", report(current, whole), CHUNK_BYTES, tail)
-    assert await store.attempts.killed_without_result(current) is None
+    assert await store.attempts.killed_without_result(current, "agent-1") is None
     with pytest.raises(Superseded):
         await store.attempts.append_result(current, 0, [chunk])
     await store.attempts.finish(
@@ -688,7 +688,7 @@ async def test_what_a_killed_job_left_goes_with_retention_even_if_it_never_came_
         assert await store.attempts.result_size(attempt_id) == CHUNK_BYTES, "a crash keeps it"
         assert await store.retention.clean_some(-1) == 1
         await eventually_no_chunks(path)
-        assert await store.attempts.killed_without_result(attempt_id) is None
+        assert await store.attempts.killed_without_result(attempt_id, "agent-1") is None
         with pytest.raises(Superseded):
             await store.attempts.append_result(attempt_id, CHUNK_BYTES, [b"more"])
 
