@@ -10,6 +10,7 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from events import Transition
+from jobs import Resources
 from records import JobStatus
 
 _JSON = {hdrs.CONTENT_TYPE: "application/json; charset=utf-8"}
@@ -38,6 +39,11 @@ def rfc3339(at: float | None) -> str | None:
         return None
     moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def resources_body(resources: Resources) -> dict[str, int | None]:
+    """Return cores, bytes of memory (None: no limit, or not known) and GPUs."""
+    return {"cpus": resources.cpus, "memory": resources.memory or None, "gpus": resources.gpus}
 
 
 def transition_body(transition: Transition) -> dict[str, Any]:

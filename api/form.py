@@ -30,7 +30,8 @@ _MAX_NAME_CHARACTERS = 200
 _MAX_TAGS = 32
 _TAG_KEY = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_TAG_VALUE_CHARACTERS = 256
-_SINGLE_FIELDS = frozenset({"user_id", "service", "name", "priority", "timeout"})
+_RESOURCES = ("cpus", "memory", "gpus")
+_SINGLE_FIELDS = frozenset({"user_id", "service", "name", "priority", "timeout", *_RESOURCES})
 _TRANSFER_ENCODINGS = frozenset({"binary", "8bit", "7bit"})
 
 Admit: TypeAlias = Callable[[int], None]
@@ -222,6 +223,7 @@ def _job_request(form: _Form, key: str | None, services: Mapping[str, ServiceLim
     if form.user_id is None:
         raise BadRequest("user_id: missing")
     _check_files(form.files)
+    cpus, memory, gpus = _checked_resources(form.fields, limits)
     return JobRequest(
         user_id=form.user_id,
         service=service,
@@ -230,6 +232,9 @@ def _job_request(form: _Form, key: str | None, services: Mapping[str, ServiceLim
         timeout=_checked_timeout(form.fields.get("timeout"), limits),
         tags=tuple(sorted(form.tags.items())),
         idempotency_key=key,
+        cpus=cpus,
+        memory=memory,
+        gpus=gpus,
     )
 
 
@@ -248,6 +253,33 @@ def _checked_timeout(text: str | None, limits: ServiceLimits) -> int | None:
     if not 1 <= timeout <= longest:
         raise BadRequest(f"timeout: must be from 1 to {longest} seconds in this service")
     return timeout
+
+
+def _checked_resources(
+    fields: Mapping[str, str], limits: ServiceLimits
+) -> tuple[int | None, int | None, int | None]:
+    """Return what is asked for of cores, memory and GPUs; None where nothing is."""
+    cpus = _parsed("cpus", fields, lambda text: jobs.parse_count(text, 1, jobs.MAX_CPUS))
+    memory = _parsed("memory", fields, jobs.parse_memory)
+    gpus = _parsed("gpus", fields, lambda text: jobs.parse_count(text, 0, jobs.MAX_GPUS))
+    largest = limits.largest()
+    if cpus is not None and cpus > largest.cpus:
+        raise BadRequest(f"cpus: {cpus} is more than {largest.cpus}, the most in this service")
+    if memory is not None and memory > largest.memory:
+        asked, most = jobs.memory_text(memory), jobs.memory_text(largest.memory)
+        raise BadRequest(f"memory: {asked} is more than {most}, the most in this service")
+    if gpus is not None and gpus > largest.gpus:
+        raise BadRequest(f"gpus: {gpus} is more than {largest.gpus}, the most in this service")
+    return cpus, memory, gpus
+
+
+def _parsed(name: str, fields: Mapping[str, str], parse: Callable[[str], int]) -> int | None:
+    if name not in fields:
+        return None
+    try:
+        return parse(fields[name])
+    except ValueError as error:  # with a sentence for users
+        raise BadRequest(f"{name}: {error}") from None
 
 
 def _checked_text(name: str, text: str, longest: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-from api.answers import rfc3339
+from api.answers import resources_body, rfc3339
 from api.callers import user_restriction
 from api.errors import NotFound
 from config import VERSION, ServiceLimits, SettingsInForce
@@ -106,6 +106,8 @@ class OperationHandlers:
             "runs_per_user": None if limits is None else limits.runs_per_user,
             "max_runs": None if limits is None else limits.max_runs,
             "timeout": None if limits is None else limits.timeout,
+            "resources": None if limits is None else resources_body(limits.needs(None, None, None)),
+            "max_resources": None if limits is None else resources_body(limits.largest()),
             "active": counts.active,
             "queued": counts.waiting,
             "agents": sorted(
@@ -195,6 +197,10 @@ def _agent_body(agent: AgentStatus, user_id: int | None) -> dict[str, Any]:
         "services": None if agent.services is None else list(agent.services),
         "slots": agent.slots,
         "busy": agent.busy,
+        "resources": {
+            "total": resources_body(agent.resources),
+            "free": resources_body(agent.resources - agent.used),
+        },
         "jobs": sorted(job.id for job in agent.jobs if user_id in (None, job.user_id)),
         "is_connected": agent.is_connected,
         "is_drained": agent.is_drained,

@@ -24,6 +24,8 @@ def _assert_like(shown: object, actual: object, place: str) -> None:
             _assert_like(value, actual[0], f"{place}[0]")
     elif place.endswith((".status", ".message", ".reason", ".error")):
         assert without_numbers(str(actual)) == without_numbers(str(shown)), (place, actual)
+    elif ".usage." in place:
+        assert actual is None or isinstance(actual, (int, float)), (place, actual)
     else:
         number = (int, float)
         kind = number if isinstance(shown, number) and type(shown) is not bool else type(shown)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from jobs import MAX_MEMORY_BYTES
 from records import JobTimes
 from telemetry.instruments import JobInstruments
 from telemetry.metrics import Counter, Histogram, exposition
@@ -182,6 +183,8 @@ async def test_services_say_what_waits_what_runs_and_how_long_it_takes(busy: Ser
             "runs_per_user": 5,
             "max_runs": 1,
             "timeout": 60,
+            "resources": {"cpus": 1, "memory": None, "gpus": 0},
+            "max_resources": {"cpus": 1, "memory": MAX_MEMORY_BYTES, "gpus": 0},
             "active": 1,
             "queued": 1,
             "agents": ["local"],

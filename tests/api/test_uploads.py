@@ -62,6 +62,12 @@ REFUSED = {
     "timeout=0": "^timeout: must be from 1 to 60",
     "timeout=61": "^timeout: must be from 1 to 60",
     "timeout=1.5": "^timeout: must be an integer",
+    "cpus=0": "^cpus: must be a whole number from 1",
+    "cpus=3": "^cpus: 3 is more than 2",
+    "memory=lots": "^memory: must be a number of bytes",
+    "memory=2G": "^memory: 2 GB is more than 1 GB",
+    "gpus=-1": "^gpus: must be a whole number",
+    "gpus=1": "^gpus: 1 is more than 0",
     "tag=no colon": "^tag: must be key:value",
     "tag=sp ace:value": "^tag: must be key:value",
     "tag=" + "k" * 65 + ":v": "^tag: must be key:value",
@@ -70,7 +76,13 @@ REFUSED = {
 
 
 async def test_fields_are_kept_and_those_out_of_range_refused(tmp_path: Path, folder: Path) -> None:
-    async with idle_server(tmp_path, SERVICE_EXAMPLE_TIMEOUT="60") as server:
+    limits = {
+        "SERVICE_EXAMPLE_TIMEOUT": "60",
+        "SERVICE_EXAMPLE_MEMORY": "512M",
+        "SERVICE_EXAMPLE_MAX_CPUS": "2",
+        "SERVICE_EXAMPLE_MAX_MEMORY": "1G",
+    }
+    async with idle_server(tmp_path, **limits) as server:
         for field, words in REFUSED.items():
             assert_error(await submit(server, folder, "-F", field), 400, words)
         twice = ("-F", "tag=a:1", "-F", "tag=a:2")
@@ -88,6 +100,16 @@ async def test_fields_are_kept_and_those_out_of_range_refused(tmp_path: Path, fo
         assert server.query("SELECT name, priority, timeout FROM job") == [("é" * 200, -100, 60)]
         assert server.query("SELECT count(*) FROM tag") == [(32,)]
         assert server.query("SELECT value FROM tag WHERE key = 'url'") == [("http://x:1",)]
+        resources = (await curl(f"{server.url}/jobs/1")).json()["resources"]
+        assert resources == {"cpus": 1, "memory": 2**29, "gpus": 0}
+        asked = ("-F", "cpus=2", "-F", "memory=1G", "-F", "gpus=0")
+        job_id = (await submit(server, folder, *asked)).json()["id"]
+        again = (await curl("-X", "POST", f"{server.url}/jobs/{job_id}/rerun")).json()["id"]
+        for job in (job_id, again):
+            resources = (await curl(f"{server.url}/jobs/{job}")).json()["resources"]
+            assert resources == {"cpus": 2, "memory": 2**30, "gpus": 0}
+        (service,) = (await curl(f"{server.url}/services")).json()["services"]
+        assert service["max_resources"] == {"cpus": 2, "memory": 2**30, "gpus": 0}
 
 
 async def test_a_user_s_own_jobs_run_by_priority_and_end_at_their_own_time_limit(
