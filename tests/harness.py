@@ -84,6 +84,7 @@ class Server:
         self.database = directory / "orchestrator.db"
         self.url = ""
         self.through: tuple[str, ...] = ()  # what to put before the program, to sabotage it
+        self.prefix: tuple[str, ...] = ()  # what to put before Python, to be somebody else
         self.environment = {**os.environ, **_WITHOUT_ISOLATION, **environment}
         self._process: asyncio.subprocess.Process | None = None
 
@@ -102,7 +103,7 @@ class Server:
         port = self.url.rpartition(":")[2] or "0"
         with open(self.directory / "server.log", "ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, *self.through, str(PROJECT / "orchestrator.py")),
+                *(*self.prefix, sys.executable, *self.through, str(PROJECT / "orchestrator.py")),
                 *("serve", "--port", port, *arguments),
                 cwd=self.directory,
                 env=self.environment,
@@ -271,6 +272,7 @@ class AgentProcess:
         self.name = name
         self.workdir = server.directory / f"agent-{name}"
         self.through: tuple[str, ...] = ()
+        self.prefix: tuple[str, ...] = ()
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
@@ -278,7 +280,7 @@ class AgentProcess:
         environment = {AGENT_TOKEN_VARIABLE: self.server.agent_token(), **(environment or {})}
         with open(self.server.directory / f"agent-{self.name}.log", "ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, *self.through, str(PROJECT / "orchestrator.py")),
+                *(*self.prefix, sys.executable, *self.through, str(PROJECT / "orchestrator.py")),
                 *("agent", "--server", self.server.url, "--name", self.name),
                 *("--workdir", str(self.workdir), "--isolation", "none", *arguments),
                 env={**os.environ, **environment},

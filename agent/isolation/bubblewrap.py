@@ -62,7 +62,8 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
     for path in real_paths(isolation.writable):
         argv += ["--bind", path, path]
     job = str(place.job)
-    argv += ["--bind", job, job, "--chdir", job, "--", *confinement.argv]
+    # what holds the mounts is a tmpfs, in which nothing is to be made
+    argv += ["--bind", job, job, "--remount-ro", "/", "--chdir", job, "--", *confinement.argv]
     return Enclosure(
         argv=tuple(argv),
         variables={**confinement.variables, "TMPDIR": "/tmp"},

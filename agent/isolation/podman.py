@@ -46,7 +46,7 @@ def enclose(confinement: Confinement, runtime: str | None = None) -> Enclosure:
     variables = {**confinement.variables, "TMPDIR": "/tmp"}
     argv = [
         *(_PROGRAM, "--log-level=error", *(() if runtime is None else ("--runtime", runtime))),
-        *("run", "--rm", "--pull=never", "--name", container_name(place)),
+        *("run", "--rm", "--read-only", "--pull=never", "--name", container_name(place)),
         *("--label", f"{_LABEL}={_workdir_digest(place.attempt.parent)}"),
         *("--user", "0:0" if user is None else f"{user.uid}:{user.gid}"),
         *("--cap-drop=all", "--security-opt=no-new-privileges", "--security-opt=label=disable"),

@@ -79,7 +79,8 @@ def survey(workdir: Path, secrets: Iterable[Path], user: JobUser | None) -> Reac
         and not any(is_within(needed, home) for needed in _NEEDED)
         and not any(is_within(home, path) for path in secret)
     ]
-    hidden = {os.path.realpath(path) for path in (*_ALWAYS_HIDDEN, *_homes_of_people())}
+    others = (*_ALWAYS_HIDDEN, *_homes_of_people(), os.path.expanduser("~"))
+    hidden = {os.path.realpath(path) for path in others}
     # an unusual account must not hide the system from all jobs
     hidden = {path for path in hidden if not any(is_within(n, path) for n in _NEEDED[:3])}
     concealed = _with_aliases([path for path in sorted(hidden) if path not in homes], mounts)
