@@ -14,6 +14,8 @@ const MAX_BLOCKS = 20;
 const NEAR = 600; // pixels from an end of the window at which it moves
 const STEP = 5;
 const MAX_FINDS = 20_000;
+const REST = 5; // how much longer than it draws the view lets others work
+const HIDDEN_MS = 250;
 const CLOCK = new Intl.DateTimeFormat('en-GB', {
   hour: '2-digit', minute: '2-digit', second: '2-digit', fractionalSecondDigits: 1,
 });
@@ -39,24 +41,26 @@ export class LogView {
     this._to = 0;
     this._lastTop = 0;
     this._isDrawing = false;
+    this._pause = 0;
     this.element = h('div', {
       class: 'log-lines', tabIndex: 0, role: 'log', 'aria-live': 'off', 'aria-label': 'Output of the job',
       on: { scroll: () => this._onScroll() },
     });
   }
 
-  /** Draw before the next frame what has changed in the buffer. */
+  /**
+   * Draw soon what has changed in the buffer. However fast lines come, drawing takes a small
+   * part of the time.
+   */
   refresh() {
     if (this._isDrawing) return;
     this._isDrawing = true;
-    // hidden pages have no frames
-    const later = document.hidden
-      ? (/** @type {() => void} */ work) => void setTimeout(work, 250)
-      : requestAnimationFrame;
-    later(() => {
+    setTimeout(() => {
       this._isDrawing = false;
+      const before = performance.now();
       this._refresh();
-    });
+      this._pause = Math.max(16, (performance.now() - before) * REST);
+    }, document.hidden ? HIDDEN_MS : this._pause);
   }
 
   /** Draw all anew, as after a change of what is shown of each line. */

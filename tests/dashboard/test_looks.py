@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sqlite3
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from axe_playwright_python.async_playwright import Axe  # type: ignore[import-un
 from playwright.async_api import Page, expect
 
 from tests.dashboard.conftest import WAIT_MS, NewPage
-from tests.harness import Server, curl, eventually
+from tests.harness import PROJECT, Server, curl, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -73,7 +74,7 @@ def fill_statistics(site: Server) -> None:
     """Give the charts an hour of work to show."""
     now = int(time.time()) // 60 * 60
     with contextlib.closing(sqlite3.connect(site.database, timeout=20)) as db, db:
-        for minute in range(4, 60):
+        for minute in range(1, 60):
             done = round(14 + 9 * math.sin(minute / 7) + minute % 5)
             failed = 2 if minute % 11 == 3 else 0
             wait = 3 + 2 * math.sin(minute / 5) + (9 if 24 < minute < 33 else 0)
@@ -215,6 +216,24 @@ async def test_a_large_screen_is_used_and_a_chosen_theme_is_kept(
     assert await page.evaluate(ground) == dark
     await page.get_by_role("button", name="Theme: As the system").click()
     assert await page.evaluate(ground) == light
+
+
+async def test_the_pictures_of_the_documentation_are_taken(
+    site: Server, new_page: NewPage, pictures: Path, shown: dict[str, str]
+) -> None:
+    pages = await prepare(site, shown)
+    document = (PROJECT / "docs" / "dashboard.md").read_text()
+    named = set(re.findall(r"\(pictures/(\w+)\.png\)", document))
+    assert named == {path.stem for path in (PROJECT / "docs" / "pictures").iterdir()}
+    for name in sorted(named):
+        theme = "dark" if name == "table" else "light"
+        page = await new_page(f"{site.url}/ui/", color_scheme=theme, reduced_motion="reduce")
+        await page.set_viewport_size({"width": 1280, "height": 800})
+        await page.goto(f"{site.url}/ui/#/{pages[name]}")
+        await settle(page)
+        if name == "running":
+            await expect(page.locator(".line").nth(30)).to_be_visible()
+        await page.screenshot(path=pictures / f"{name}.png")
 
 
 async def test_dialogs_and_the_log_in_can_be_read_by_everybody(
