@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import config
@@ -26,6 +27,9 @@ from wire.frames import Frame, Stream, transfer_parts
 from wire.messages import AttemptPhase
 
 log = logging.getLogger("orchestrator.agent")
+
+_BEATS_AFTER_DRAIN = 2
+_DRAIN_HEARD_SECONDS = 5.0
 
 
 class Agent:
@@ -45,6 +49,9 @@ class Agent:
         self._channel = Channel()
         self._pause = RetryPause()
         self._is_draining = False
+        self._is_busy = asyncio.Event()
+        self._beats_heard = 0
+        self._beat_came = asyncio.Event()
         self._tasks: asyncio.TaskGroup
 
     async def run(self) -> None:
@@ -101,13 +108,39 @@ class Agent:
                 f" {error.strerror}; start the agent again when that is mended"
             ) from None
 
+    async def wait_idle(self, seconds: float) -> None:
+        """Wait until it has held nothing for so long."""
+        while True:
+            while self._held:
+                await next(iter(self._held.values())).wait()
+            self._is_busy.clear()
+            try:
+                await asyncio.wait_for(self._is_busy.wait(), seconds)
+            except TimeoutError:
+                return
+
     async def drain(self) -> None:
         """Take nothing new; returns when all that is held has been delivered."""
         self._is_draining = True
-        self._channel.put(messages.Drain())
+        await self._say_drain()
         event(log, "draining", agent=self._settings.name, attempts=len(self._held))
         while self._held:
             await next(iter(self._held.values())).wait()
+
+    async def _say_drain(self) -> None:
+        """Say so, and wait until the server has heard it: what it had given before is here then."""
+        if self._channel.outbox is None:
+            return  # the next connection begins with it
+        self._beats_heard = 0
+        self._channel.put(messages.Drain())
+        # each is answered by one; the first to come may be the answer to an earlier one
+        for _ in range(_BEATS_AFTER_DRAIN):
+            self._channel.put(messages.Heartbeat(os.getloadavg()[0], self._executor.problem()))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_HEARD_SECONDS):
+                while self._beats_heard < _BEATS_AFTER_DRAIN:
+                    self._beat_came.clear()
+                    await self._beat_came.wait()
 
     # --- connection
 
@@ -178,7 +211,8 @@ class Agent:
             case messages.Services():
                 self._tasks.create_task(self._check(received), name="check services")
             case messages.Heartbeat():
-                pass
+                self._beats_heard += 1
+                self._beat_came.set()
             case codec.UnknownMessage():
                 event(log, "unknown_message", type=received.type)
             case _:
@@ -237,6 +271,7 @@ class Agent:
         held = Attempt(directory, execution, phase, self._channel, self._write_watch, self._tasks)
         self._held[held.id] = held
         held.begin(self._forget)
+        self._is_busy.set()
         return held
 
     def _forget(self, attempt: Attempt) -> None:

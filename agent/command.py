@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,12 +20,8 @@ from urllib.parse import urlsplit
 import config
 import runtime
 from agent.agent import Agent
-from agent.executor_options import (
-    add_executor_options,
-    default_slots,
-    executor_of,
-    with_joined_values,
-)
+from agent.executor_options import add_executor_options, default_slots, executor_of
+from agent.executors.slurm_submission import with_joined_values
 from agent.isolation.choice import IsolationSettings
 from agent.isolation.job_user import parsed as parsed_job_user
 from agent.settings import AgentRefused, AgentSettings
@@ -64,6 +62,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="how long SIGTERM lets running jobs finish; those left run on for the next start,"
         " as they do at once after a second SIGTERM (default: 300)",
+    )
+    parser.add_argument(
+        "--idle-exit",
+        type=float,
+        metavar="SECONDS",
+        help="end after so long without a job (default: never)",
+    )
+    parser.add_argument(
+        "--end-time",
+        type=float,
+        metavar="UNIX_TIME",
+        help="end at this moment; --drain-timeout earlier it takes nothing new (default: never)",
     )
     parser.add_argument(
         "--log-format", choices=list(LogFormat), default=LogFormat.TEXT, help="default: text"
@@ -130,6 +140,8 @@ def _settings_of(options: argparse.Namespace, token: str | None) -> AgentSetting
     slots = default_slots(options) if options.slots is None else options.slots
     if not 1 <= slots <= 4096:
         raise ConfigError("--slots must be from 1 to 4096")
+    if options.idle_exit is not None and not 0 < options.idle_exit < math.inf:
+        raise ConfigError("--idle-exit must be more than 0 seconds")
     server = options.server.rstrip("/")
     if not server.startswith(("http://", "https://")):
         raise ConfigError("--server must begin with http:// or https://")
@@ -197,12 +209,20 @@ async def _serve(settings: AgentSettings, options: argparse.Namespace) -> None:
         loop.add_reader(sys.stdin.fileno(), stop.set)  # end of file: the server is gone
     agent = Agent(settings, executor_of(options, settings, os.environ))
     serving = asyncio.create_task(agent.run(), name="agent")
-    await _first_of(serving, stop.wait())
+    reasons: list[Coroutine[None, None, object]] = [stop.wait()]
+    if options.idle_exit is not None:
+        reasons.append(agent.wait_idle(options.idle_exit))
+    if options.end_time is not None:
+        reasons.append(asyncio.sleep(options.end_time - options.drain_timeout - time.time()))
+    await _first_of(serving, *reasons)
     if options.embedded:
         loop.remove_reader(sys.stdin.fileno())
     elif not serving.done():
         stop.clear()
-        await _first_of(serving, stop.wait(), agent.drain(), seconds=options.drain_timeout)
+        seconds = options.drain_timeout
+        if options.end_time is not None:
+            seconds = max(0.0, min(seconds, options.end_time - time.time()))
+        await _first_of(serving, stop.wait(), agent.drain(), seconds=seconds)
     serving.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await serving

@@ -6,7 +6,7 @@ import argparse
 import enum
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from agent.executors.base import Executor
 from agent.executors.local import LocalExecutor
@@ -58,19 +58,6 @@ def add_executor_options(parser: argparse.ArgumentParser) -> None:
         help="how long the shared file system may take to show what a node wrote"
         f" (default: {FILE_SYSTEM_SECONDS:g})",
     )
-
-
-def with_joined_values(arguments: Sequence[str]) -> list[str]:
-    """Write the options for sbatch in the one form that argparse takes for them.
-
-    A value that begins with a dash it would take for an option.
-    """
-    joined: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        value = next(words, None) if word == "--slurm-options" else None
-        joined.append(word if value is None else f"{word}={value}")
-    return joined
 
 
 def default_slots(options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import config
 import runtime
-from commands import administration, demo, serve
+from agent.executors.slurm_submission import with_joined_values
+from commands import administration, demo, serve, slurm_agents
 from commands.serve import StartError
 from config import AccessLog, ConfigError, LogFormat, Settings, SettingsInForce
 from records import StoreError
@@ -34,6 +35,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve_parser = commands.add_parser("serve", help="run the server (the default)")
     _add_serve_options(serve_parser)
+    slurm_agents.add_arguments(
+        commands.add_parser("slurm-agents", help="keep agents in allocations of Slurm")
+    )
     commands.add_parser("demo", help="run an example job on a throw-away server")
     token_parser = commands.add_parser("agent-token", help="show the token that agents need")
     token_parser.add_argument("--db", dest="DB_PATH", default=argparse.SUPPRESS, metavar="FILE")
@@ -45,7 +49,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     backup_parser.add_argument("--db", dest="DB_PATH", default=argparse.SUPPRESS, metavar="FILE")
     check_parser = commands.add_parser("check", help="look for damage in a database or a backup")
     check_parser.add_argument("file", metavar="FILE")
-    return parser.parse_args(arguments)
+    return parser.parse_args(with_joined_values(arguments))
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +92,8 @@ def _run_command(options: argparse.Namespace) -> int:
     match options.command:
         case "demo":
             return demo.run()
+        case "slurm-agents":
+            return slurm_agents.run(options)
         case "agent-token":
             settings = load_settings(options)
             token = settings.agent_token or read_agent_token(settings.db_path)

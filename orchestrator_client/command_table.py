@@ -172,6 +172,7 @@ COMMANDS: Mapping[str, Command] = {
 OPERATOR_COMMANDS: Mapping[str, str] = {
     "serve": "run the server",
     "agent": "run jobs of a server on this machine",
+    "slurm-agents": "keep agents in allocations of a Slurm cluster",
     "demo": "run an example job on a throw-away server",
     "token": "make, list, revoke tokens of the API",
     "agent-token": "show the token that agents need",

@@ -253,6 +253,10 @@ class SlurmCommands:
         """
         await self._scancel(f"--name={name}", f"--user={self._user}")
 
+    async def withdraw(self, job_id: int, name: str) -> None:
+        """Take back a job, unless it has started. Raises :class:`SlurmSilent`."""
+        await self._scancel("--state=PENDING", f"--name={name}", str(job_id))
+
     async def terminate_batch(self, name: str) -> None:
         """Send SIGTERM to the batch scripts of a name alone. Raises :class:`SlurmSilent`."""
         await self._scancel("--batch", "--signal=TERM", f"--name={name}", f"--user={self._user}")

@@ -51,6 +51,19 @@ def checked_options(text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def with_joined_values(arguments: Sequence[str]) -> list[str]:
+    """Write the options for sbatch in the one form that argparse takes for them.
+
+    A value that begins with a dash it would take for an option.
+    """
+    joined: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        value = next(words, None) if word == "--slurm-options" else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What an attempt asks of Slurm."""
