@@ -93,7 +93,7 @@ class ElasticAgents:
         self._allocation = allocation
         self._limits = limits
         self._back_off = BackOff()
-        self._living: dict[int, SlurmJob] = {}
+        self._expected: set[int] = set()  # allocations whose agent has not connected yet
         self._came: set[int] = set()
 
     async def run(self) -> None:
@@ -140,6 +140,7 @@ class ElasticAgents:
             # it may be there all the same: the next look tells
             self._note_failure(f"Slurm gave no answer: {error}")
         else:
+            self._expected.add(number)
             event(log, "allocation_submitted", slurm=number, why=todo.why, known=count)
 
     def _note_agents(self, names: set[str], allocations: Sequence[SlurmJob]) -> None:
@@ -148,21 +149,31 @@ class ElasticAgents:
             if f"{AGENT_PREFIX}{job.id}" in names and job.id not in self._came:
                 self._came.add(job.id)
                 self._back_off.note_success()
-        living = {job.id: job for job in allocations if job.standing is not Standing.ENDED}
-        states = {job.id: job.state for job in allocations}
-        for job_id in self._living.keys() - living.keys() - self._came:
-            state = states.get(job_id, "no longer known")
-            if state != "CANCELLED":
-                output = self._allocation.output / f"allocation-{job_id}.log"
+            if job.standing is not Standing.ENDED:
+                self._expected.add(job.id)
+        states = {job.id: job for job in allocations}
+        for job_id in sorted(self._expected):
+            job_or_none = states.get(job_id)
+            if job_id not in self._came and not _has_ended(job_or_none):
+                continue
+            self._expected.discard(job_id)
+            if job_id not in self._came and not _is_cancelled(job_or_none):
                 self._note_failure(
-                    f"allocation {job_id} ended ({state}) and its agent never connected;"
-                    f" see {output}"
+                    f"allocation {job_id} ended, and its agent never connected;"
+                    f" see {self._allocation.output / f'allocation-{job_id}.log'}"
                 )
-        self._living = living
 
     def _note_failure(self, why: str) -> None:
         pause = self._back_off.note_failure(asyncio.get_running_loop().time())
         event(log, "allocation_failed", level=logging.WARNING, why=why, next_in=round(pause))
+
+
+def _has_ended(job: SlurmJob | None) -> bool:
+    return job is None or job.standing is Standing.ENDED
+
+
+def _is_cancelled(job: SlurmJob | None) -> bool:
+    return job is not None and job.state == "CANCELLED"
 
 
 def _queued(services: Sequence[dict[str, Any]], wanted: Sequence[str] | None) -> int:

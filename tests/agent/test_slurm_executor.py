@@ -271,9 +271,9 @@ async def test_who_ends_a_job_in_slurm_decides_whether_it_is_run_again(
     lost = await slurm_server.upload(script.format(tmp_path, "lost"))
     await eventually(lambda: len(lines(tmp_path / "lost")) == 1, "it runs")
     slurm.command("scontrol", "update", f"nodename={NODE}", "state=down", "reason=test")
-    await eventually(lambda: "NODE_FAIL" in agent.log(), "the agent hears of it", 40)
+    await eventually(lambda: "NODE_FAIL" in agent.log(), "the agent hears of it", 90)
     slurm.resume_node()
-    await eventually(lambda: len(lines(tmp_path / "lost")) == 2, "it runs again", 40)
+    await eventually(lambda: len(lines(tmp_path / "lost")) == 2, "it runs again", 90)
     (tmp_path / "go").touch()
     await slurm_server.wait(lost, "Completed")
     history = (await curl(f"{slurm_server.url}/jobs/{lost}/history")).json()["history"]
