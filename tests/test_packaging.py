@@ -57,6 +57,14 @@ def test_the_agent_of_the_installed_wheel_says_what_it_needs(
     assert "--server" in shown
 
 
+def test_the_whole_dashboard_is_installed(installed: Path) -> None:
+    (copy,) = (installed / "lib").glob("python*/site-packages/orchestrator_app/dashboard")
+    for path in (PROJECT / "dashboard").rglob("*"):
+        if path.suffix in (".css", ".html", ".js", ".svg"):
+            there = copy / path.relative_to(PROJECT / "dashboard")
+            assert there.read_bytes() == path.read_bytes(), path
+
+
 def test_nothing_but_the_client_can_be_imported_from_outside(
     installed: Path, tmp_path: Path
 ) -> None:
