@@ -215,6 +215,18 @@ class Demand:
 NO_RESOURCES = Resources(0, 0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an attempt used: CPU time, the most memory at a time (bytes), time from start to end.
+
+    None is what is not known.
+    """
+
+    cpu_seconds: float | None
+    peak_memory: int | None
+    wall_seconds: float | None
+
+
 def parse_count(text: str, low: int, high: int) -> int:
     """Read a number of cores or GPUs; raises :class:`ValueError` with a sentence for users."""
     if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high:

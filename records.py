@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jobs import DEFAULT_RESOURCES, Demand, FileSpec, JobState, Resources
+from jobs import DEFAULT_RESOURCES, Demand, FileSpec, JobState, Resources, Usage
 from wire.frames import Stream
 
 # --- errors -----------------------------------------------------------------------
@@ -271,18 +271,6 @@ class JobIds:
 
     ids: tuple[int, ...]
     next_before: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What an attempt used: CPU time, the most memory at a time (bytes), time from start to end.
-
-    None is what is not known.
-    """
-
-    cpu_seconds: float | None
-    peak_memory: int | None
-    wall_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)

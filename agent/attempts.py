@@ -215,7 +215,7 @@ class Attempt:
             ended = await self._end_of_job()
         if ended is not None:
             self._is_ending = True  # from here on there is nothing to kill
-            self._finished = await self._result.make(ended)
+            self._finished = await self._result.make(ended, self.execution.usage())
         else:
             self._finished = await asyncio.to_thread(self._result.report)
         self._enter(AttemptPhase.FINISHED)
@@ -225,7 +225,7 @@ class Attempt:
         ended = await self.execution.kill()
         if self.phase is AttemptPhase.ACCEPTED and self.execution.is_started():
             self._enter(AttemptPhase.RUNNING)  # it was started before the kill came
-        self._finished = await self._result.make(ended)
+        self._finished = await self._result.make(ended, self.execution.usage())
         self._enter(AttemptPhase.FINISHED)
 
     async def _receive_input(self) -> None:
@@ -254,6 +254,7 @@ class Attempt:
             variables=variables_of(assign, self.directory.path / "job"),
             timeout_seconds=assign.timeout_seconds,
             grace_seconds=assign.grace_seconds,
+            resources=assign.resources,
         )
 
     async def _end_of_job(self) -> Exit:

@@ -24,6 +24,7 @@ from agent.executor_options import add_executor_options, default_slots, executor
 from agent.executors.slurm_submission import with_joined_values
 from agent.isolation.choice import IsolationSettings
 from agent.isolation.job_user import parsed as parsed_job_user
+from agent.resource_options import add_resource_options
 from agent.settings import AgentRefused, AgentSettings
 from config import ConfigError, LogFormat
 from jobs import IsolationKind
@@ -78,6 +79,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--log-format", choices=list(LogFormat), default=LogFormat.TEXT, help="default: text"
     )
+    add_resource_options(parser)
     _add_isolation_options(parser)
     add_executor_options(parser)
     parser.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)

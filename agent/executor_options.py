@@ -15,6 +15,8 @@ from agent.executors.slurm_commands import SlurmCommands
 from agent.executors.slurm_submission import checked_options
 from agent.isolation.base import PREPARING_MODULE
 from agent.isolation.choice import Isolator
+from agent.resource_options import machine_of
+from agent.resources import Machine, detected_cpus
 from agent.settings import AgentSettings
 from config import ConfigError
 from runtime import inherited_environment
@@ -62,7 +64,7 @@ def add_executor_options(parser: argparse.ArgumentParser) -> None:
 
 def default_slots(options: argparse.Namespace) -> int:
     """Return how many jobs at a time it takes if it was not told."""
-    return _SLURM_SLOTS if options.executor == ExecutorKind.SLURM else os.cpu_count() or 1
+    return _SLURM_SLOTS if options.executor == ExecutorKind.SLURM else min(detected_cpus(), 4096)
 
 
 def executor_of(
@@ -70,7 +72,8 @@ def executor_of(
 ) -> Executor:
     """Make the executor. Raises :class:`ConfigError` if it can't work here."""
     if options.executor != ExecutorKind.SLURM:
-        return _local_executor(settings, inherited_environment(environment))
+        machine = machine_of(options)
+        return _local_executor(settings, inherited_environment(environment), machine)
     if not 0 <= options.slurm_file_system <= 3600:
         raise ConfigError("--slurm-file-system must be from 0 to 3600 seconds")
     if not os.path.isabs(options.slurm_python):
@@ -89,10 +92,12 @@ def executor_of(
     return SlurmExecutor(settings.workdir, commands, slurm_settings, PREPARING_MODULE)
 
 
-def _local_executor(settings: AgentSettings, environment: Mapping[str, str]) -> LocalExecutor:
+def _local_executor(
+    settings: AgentSettings, environment: Mapping[str, str], machine: Machine
+) -> LocalExecutor:
     umask = -1
     if settings.isolation.users is not None:
         # job users pass through the work directory, where all else is the agent's alone
         umask = os.umask(0o077)
     isolator = Isolator(settings.workdir, settings.isolation, environment)
-    return LocalExecutor(settings.workdir, environment, isolator, umask)
+    return LocalExecutor(settings.workdir, environment, isolator, machine, umask)

@@ -21,14 +21,20 @@ class ExitKind(enum.StrEnum):
     SIGNALLED = "signalled"
     TIMEOUT = "timeout"
     KILLED = "killed"
+    MEMORY = "memory"
+    """It used more memory than it may."""
     ENDED_OUTSIDE = "ended outside"
     """By somebody else: not by itself, by us or for a reason of ours; the message says by whom."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a job ended; ``code`` is the exit code or the signal's number, if there is one."""
+    """How a job ended; ``code`` is the exit code or the signal's number, if there is one.
+
+    ``memory_used`` are the bytes that were over the limit.
+    """
 
     kind: ExitKind
     code: int = 0
     message: str = ""
+    memory_used: int = 0

@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs import FileSpec, Isolation, IsolationKind, JobState, Resources
+from jobs import FileSpec, Isolation, IsolationKind, JobState, Resources, Usage
 from wire.messages import Assign, Finished, OutputLimits
 
 _FORMAT = 1
@@ -84,6 +84,7 @@ def encode_report(report: Finished) -> str:
         message=report.message,
         result_size=report.result_size,
         result_sha256=report.result_sha256,
+        usage=None if report.usage is None else asdict(report.usage),
     )
 
 
@@ -100,8 +101,9 @@ def decode_report(text: str) -> Finished:
             message=fields["message"],
             result_size=fields["result_size"],
             result_sha256=fields["result_sha256"],
+            usage=Usage(**usage) if (usage := fields.get("usage")) else None,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise Unreadable(f"a field is wrong or missing: {error!r}") from None
 
 

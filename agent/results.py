@@ -26,7 +26,7 @@ from agent.captured_log import CapturedLog
 from agent.outcomes import Exit, ExitKind, JobLost
 from agent.records import Unreadable, decode_report, encode_report
 from archive.writer import ZipWriter, zip_into
-from jobs import JobState
+from jobs import JobState, Usage
 from telemetry.logs import event
 from wire.frames import READ_BYTES
 from wire.messages import Assign, Finished, OutputLimits
@@ -50,14 +50,16 @@ class Result:
         self._path = directory.path
         self._in_memory: bytes | None = None
         self._size = 0
+        self._usage: Usage | None = None
 
     @property
     def is_small(self) -> bool:
         """Whether so little was left that it was archived in memory."""
         return self._in_memory is not None
 
-    async def make(self, ended: Exit) -> Finished:
+    async def make(self, ended: Exit, usage: Usage | None = None) -> Finished:
         """Archive what the job left, and return the message that reports it."""
+        self._usage = usage
         try:
             return self._finish_in_memory(ended)
         except _NotSmall:
@@ -114,6 +116,7 @@ class Result:
             message="; ".join(part for part in (outcome, *flaws) if part),
             result_size=size,
             result_sha256=digest,
+            usage=self._usage,
         )
 
     def _excess(self, contents: Contents) -> str | None:
@@ -195,8 +198,21 @@ def _outcome(ended: Exit, assign: Assign) -> tuple[JobState, str]:
             return JobState.FAILED, f"timed out after {assign.timeout_seconds} s"
         case ExitKind.KILLED:
             return JobState.KILLED, "Job terminated"
+        case ExitKind.MEMORY:
+            used, limit = readable_size(ended.memory_used), readable_size(assign.resources.memory)
+            return JobState.FAILED, f"used {used} of memory, more than its {limit}"
         case ExitKind.ENDED_OUTSIDE:
             return JobState.FAILED, ended.message
+
+
+def readable_size(size: int) -> str:
+    """Return a number of bytes as people say it, in units of 1,024, such as ``9.1 GB``."""
+    amount, unit = float(size), "B"
+    for following in ("KB", "MB", "GB", "TB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, following
+    return f"{amount:.1f}".removesuffix(".0") + f" {unit}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from jobs import ACTIVE_STATES, FINAL_STATES, Demand, FileSpec, JobState
+from jobs import ACTIVE_STATES, FINAL_STATES, Demand, FileSpec, JobState, Usage
 from records import (
     NO_OUTPUT,
     ActiveJob,
@@ -185,9 +185,14 @@ class Attempts:
             self._append(db, report.attempt_id, offset, tail)
             demand_whole_archive(db, report.attempt_id)
             seal_result(db, report)
+            usage = report.usage or Usage(None, None, None)
             db.execute(
-                "UPDATE attempt SET exit_code = ? WHERE id = ?",
-                (report.exit_code, report.attempt_id),
+                "UPDATE attempt SET exit_code = ?, cpu_seconds = ?, peak_memory = ?,"
+                " wall_seconds = ? WHERE id = ?",
+                (
+                    *(report.exit_code, usage.cpu_seconds, usage.peak_memory, usage.wall_seconds),
+                    report.attempt_id,
+                ),
             )
             if not is_killed:
                 reason = report.message or "finished"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from events import Transition
-from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState, Resources
+from jobs import ACTIVE_STATES, FINAL_STATES, FileSpec, JobState, Resources, Usage
 from records import (
     AttemptRecord,
     JobDetails,
@@ -17,7 +17,6 @@ from records import (
     JobPage,
     JobSummary,
     StoredResult,
-    Usage,
 )
 from storage.database import Database
 from storage.history import HISTORY_OF_JOB, transition_of

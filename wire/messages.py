@@ -18,6 +18,7 @@ from jobs import (
     IsolationOffer,
     JobState,
     Resources,
+    Usage,
 )
 
 PROTOCOL_VERSION = 2
@@ -226,6 +227,7 @@ class Finished:
     message: str
     result_size: int
     result_sha256: str
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)

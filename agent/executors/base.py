@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.attempt_directory import AttemptDirectory
 from agent.outcomes import Exit
-from jobs import Isolation, IsolationKind, IsolationOffer, Resources
+from jobs import DEFAULT_RESOURCES, Isolation, IsolationKind, IsolationOffer, Resources, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +25,14 @@ class Command:
 
     ``variables`` are added to what all jobs inherit. ``preparation`` is for the process between
     fork and exec; nobody on the way looks into it. ``timeout_seconds`` None means no limit;
-    ``grace_seconds`` lie between SIGTERM and SIGKILL.
+    ``grace_seconds`` lie between SIGTERM and SIGKILL. ``resources`` are what the job may use.
     """
 
     argv: Sequence[str]
     variables: Mapping[str, str]
     timeout_seconds: float | None
     grace_seconds: float
+    resources: Resources = DEFAULT_RESOURCES
     preparation: Mapping[str, object] | None = None
 
 
@@ -80,6 +81,10 @@ class Execution(ABC):
         started is never started after this.
         """
 
+    def usage(self) -> Usage | None:
+        """Return what the job has used, once it has ended; None if that is not known."""
+        return None
+
     @abstractmethod
     def forget(self) -> None:
         """Remove what is left of the job outside its directory, which is removed next."""
@@ -107,6 +112,10 @@ class Executor(ABC):
         Raises :class:`~agent.settings.AgentRefused` if it can't do what it was told to.
         """
 
+    def resources(self) -> Resources | None:
+        """Return what it has for jobs; None if it does not know: a core for each slot."""
+        return None
+
     def isolation_offers(self) -> tuple[IsolationOffer, ...]:
         """Return what is made of each kind of isolation."""
         return ()
@@ -120,10 +129,6 @@ class Executor(ABC):
         if isolation.is_default() or isolation.kind is IsolationKind.NONE:
             return None
         return f"this agent can't isolate its jobs: it hands them on ({self.name})"
-
-    def resources(self) -> Resources | None:
-        """Return what it has for jobs; None if that is what this machine has."""
-        return None
 
     def problem(self) -> str | None:
         """Say what keeps this executor from starting any job at all; None if nothing does."""

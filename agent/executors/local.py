@@ -18,13 +18,20 @@ from agent import plain_files
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution, Executor
 from agent.executors.process_tree import ProcessTree
-from agent.executors.records import exit_record, supervisor_errors, write_exit_record
+from agent.executors.records import (
+    exit_record,
+    supervisor_errors,
+    usage_record,
+    write_exit_record,
+)
 from agent.isolation.base import PREPARING_MODULE, Allotment, CannotIsolate, Enclosure, Place
 from agent.isolation.choice import Isolator
+from agent.job_environment import gpu_variables
 from agent.outcomes import Exit, ExitKind, JobLost
+from agent.resources import Allotments, Allotted, Machine
 from agent.settings import AgentRefused
 from agent.supervision.launcher import Launcher, LaunchRequest, LifeLine
-from jobs import Isolation, IsolationKind, IsolationOffer
+from jobs import Isolation, IsolationKind, IsolationOffer, Resources, Usage
 from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.local")
@@ -42,11 +49,18 @@ class LocalExecutor(Executor):
     name = "local"
 
     def __init__(
-        self, workdir: Path, environment: Mapping[str, str], isolator: Isolator, umask: int = -1
+        self,
+        workdir: Path,
+        environment: Mapping[str, str],
+        isolator: Isolator,
+        machine: Machine,
+        umask: int = -1,
     ) -> None:
         """``environment`` is all that jobs inherit, with the ``umask``; -1 is the agent's own."""
         self._launcher = Launcher(workdir, environment, PREPARING_MODULE, umask)
         self._isolator = isolator
+        self._machine = machine
+        self._allotments = Allotments(machine)
 
     async def make_ready(self) -> None:
         """Start the fork server, and try out how jobs can be isolated."""
@@ -68,6 +82,10 @@ class LocalExecutor(Executor):
         """Say why jobs can't be isolated so; None if they can. May take seconds."""
         return self._isolator.problem_with(isolation)
 
+    def resources(self) -> Resources:
+        """Return what this machine has for jobs."""
+        return self._machine.total
+
     async def run(self) -> None:
         """Remove what containers of earlier processes left behind."""
         await asyncio.to_thread(self._isolator.sweep)
@@ -75,7 +93,9 @@ class LocalExecutor(Executor):
     def execution(self, directory: AttemptDirectory) -> Execution:
         """Return the execution of an attempt on this machine."""
         self._isolator.adopt(Place(directory.path))
-        return LocalExecution(directory, self._launcher, self._isolator)
+        if not directory.has_result():
+            self._allotments.adopt(directory.path)
+        return LocalExecution(directory, self._launcher, self._isolator, self._allotments)
 
     async def end_abandoned(self, attempt: Path) -> None:
         """End what runs in the directory of an attempt of which nothing else is known."""
@@ -94,10 +114,17 @@ class LocalExecutor(Executor):
 class LocalExecution(Execution):
     """One attempt's process tree on this machine."""
 
-    def __init__(self, directory: AttemptDirectory, launcher: Launcher, isolator: Isolator) -> None:
+    def __init__(
+        self,
+        directory: AttemptDirectory,
+        launcher: Launcher,
+        isolator: Isolator,
+        allotments: Allotments,
+    ) -> None:
         self._directory = directory
         self._launcher = launcher
         self._isolator = isolator
+        self._allotments = allotments
         self._place = Place(directory.path)
         self._tree = ProcessTree(directory.path)
         self._life_line: LifeLine | None = None
@@ -118,7 +145,8 @@ class LocalExecution(Execution):
         self._directory.claim(LocalExecutor.name)
         if self.is_started():
             return None
-        enclosure = self._enclosure(command)
+        allotted = await self._allotments.take(self._directory.path, command.resources)
+        enclosure = self._enclosure(command, allotted)
         request = LaunchRequest(
             self._directory.path,
             enclosure.variables,
@@ -126,6 +154,8 @@ class LocalExecution(Execution):
             command.grace_seconds,
             enclosure.argv,
             enclosure.preparation,
+            command.resources.memory or None,
+            allotted.cores,
         )
         for _ in range(_START_TRIES):
             if self.is_started():
@@ -153,14 +183,16 @@ class LocalExecution(Execution):
                 life_line.close()
         return self._life_line is not None
 
-    def _enclosure(self, command: Command) -> Enclosure:
+    def _enclosure(self, command: Command, allotted: Allotted) -> Enclosure:
         """Make the directory ready for the job, and say how it is started there."""
-        assign = self._directory.assign
-        needs = assign.resources
-        allotment = Allotment(needs.cpus, needs.memory or None)
+        assign, needs = self._directory.assign, command.resources
+        are_indices = all(name.isdecimal() for name in allotted.gpus)
+        gpus = tuple(int(name) for name in allotted.gpus) if are_indices else None
+        allotment = Allotment(needs.cpus, needs.memory or None, gpus)
+        variables = {**command.variables, **gpu_variables(allotted.gpus)}
         try:
             return self._isolator.enclose(
-                assign.isolation, self._place, command.argv, command.variables, allotment
+                assign.isolation, self._place, command.argv, variables, allotment
             )
         except CannotIsolate as error:
             raise JobLost(f"the job can't be isolated as its service asks: {error}") from None
@@ -186,7 +218,12 @@ class LocalExecution(Execution):
             return await self._cleaned(await self._ended_by(last_moment, ExitKind.KILLED))
         return Exit(ExitKind.KILLED)
 
+    def usage(self) -> Usage | None:
+        """Return what the supervisor says that the job has used."""
+        return usage_record(self._directory.path)
+
     async def _cleaned(self, ended: Exit) -> Exit:
+        self._allotments.give_back(self._directory.path)
         if ended.kind is not ExitKind.EXITED:
             await asyncio.to_thread(
                 self._isolator.clean_up, self._directory.assign.isolation, self._place
@@ -243,7 +280,8 @@ class LocalExecution(Execution):
         return exit_record(self._directory.path) or Exit(kind)
 
     def forget(self) -> None:
-        """Let another job have its user id."""
+        """Let another job have its user id, and what it had of the machine."""
+        self._allotments.give_back(self._directory.path)
         self._isolator.release(self._place)
 
     def _has_ended(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agent import plain_files
 from agent.outcomes import Exit, ExitKind, JobLost
+from jobs import Usage
 
 
 def exit_record(attempt: Path) -> Exit | None:
@@ -17,7 +18,8 @@ def exit_record(attempt: Path) -> Exit | None:
     """
     try:
         record = json.loads(plain_files.read_text(attempt / "exit"))
-        return Exit(ExitKind(record["kind"]), record.get("code", 0))
+        kind = ExitKind(record["kind"])
+        return Exit(kind, record.get("code", 0), memory_used=record.get("used", 0))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
@@ -27,6 +29,16 @@ def exit_record(attempt: Path) -> Exit | None:
 def write_exit_record(attempt: Path, kind: ExitKind) -> None:
     """Say how the job ended in the place of a supervisor that can't."""
     plain_files.replace_text(attempt / "exit", json.dumps({"kind": kind}))
+
+
+def usage_record(attempt: Path) -> Usage | None:
+    """Return what the job used; None if its supervisor could not say so."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(plain_files.read_text(attempt / "usage"))
+        return Usage(
+            float(record["cpu_seconds"]), int(record["peak_memory"]), float(record["wall_seconds"])
+        )
+    return None
 
 
 def supervisor_errors(attempt: Path) -> str:

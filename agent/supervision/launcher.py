@@ -34,7 +34,8 @@ class LaunchRequest:
     """What a supervisor is told: ``variables`` are added to what all jobs inherit.
 
     ``preparation`` is what the launcher's ``preparing`` module is called with, in a thread that
-    then starts the program; None if there is nothing to prepare.
+    then starts the program; None if there is nothing to prepare. ``memory_bytes`` None means no
+    limit, no ``cores`` all of them.
     """
 
     directory: Path
@@ -43,6 +44,8 @@ class LaunchRequest:
     grace_seconds: float
     argv: Sequence[str]
     preparation: Mapping[str, object] | None = None
+    memory_bytes: int | None = None
+    cores: Sequence[int] = ()
 
     def encode(self) -> bytes:
         """Return the packet that a supervisor understands."""
@@ -53,6 +56,8 @@ class LaunchRequest:
             "timeout": self.timeout_seconds,
             "grace": self.grace_seconds,
             "preparation": self.preparation,
+            "memory": self.memory_bytes,
+            "cores": list(self.cores) or None,
         }
         return json.dumps(order).encode()
 

@@ -14,11 +14,12 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import signal
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 WATCHED = {signal.SIGCHLD, signal.SIGTERM}
@@ -27,6 +28,8 @@ WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 _PR_SET_CHILD_SUBREAPER = 36
 _JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # said to the agent
 _STORM_PAUSE = 0.002
+_MEMORY_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 16.0
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _REQUEST_BYTES = 64 * 1024
 _RECORD_BYTES = 256  # of every record; white space after JSON is no part of it
 _PROC_FILE_BYTES = 4096  # more than proc(5) has in the files that are read here
@@ -46,7 +49,8 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
 
     A request is one packet, a JSON object: the job's ``directory``, the ``argv`` to run in it,
     the ``variables`` that are added to its environment, its time limit (``timeout``) and
-    ``grace`` period in seconds. If its ``preparation`` is not null, ``prepare`` is called with
+    ``grace`` period in seconds, how many bytes of ``memory`` it may use and on which ``cores``
+    it runs (null: no limit). If its ``preparation`` is not null, ``prepare`` is called with
     it in the thread that starts the program (see :class:`_Starter`).
 
     One byte in return tells that the job runs, another that it has ended and left no process.
@@ -97,15 +101,19 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     timeout = order["timeout"]
     deadline = None if timeout is None else time.monotonic() + timeout
     starter = _Starter(order["argv"], {**_inherited, **order["variables"]})
-    job = starter.start(prepare, order["preparation"])
+    usage = _Usage(order["memory"])
+    with _bound_to(order["cores"]):
+        job = starter.start(prepare, order["preparation"])
     _tell(agent, _JOB_RUNS)
-    record = _wait(job, deadline) if job else {"kind": "exited", "code": _CANNOT_START}
+    record = _wait(job, deadline, usage) if job else {"kind": "exited", "code": _CANNOT_START}
     if record["kind"] in ("exited", "signalled"):
         # before the rest of the tree is ended: a crash from here on must not repeat the job
         _write_atomically("exit", record)
-    _end_tree(order["grace"])
+    _end_tree(order["grace"], usage)
     starter.close()
-    if record["kind"] in ("timeout", "killed"):
+    with contextlib.suppress(OSError):  # a full disk must not cost the end record
+        _write_atomically("usage", usage.record())
+    if record["kind"] in ("timeout", "killed", "memory"):
         _write_atomically("exit", record)
 
 
@@ -133,6 +141,66 @@ def _claim(identity: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _bound_to(cores: list[int] | None) -> Iterator[None]:
+    """Have what is started meanwhile run on these cores only, as far as they are there."""
+    before = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, before)
+
+
+class _Usage:
+    """What a job uses: CPU time, memory, time.
+
+    CPU time is that of all processes that were waited for, by their parents or by this process,
+    to which orphans come; only that of children of a parent that ignores SIGCHLD is missing. Memory
+    is the most that was seen in use at once, and at least what the largest process had.
+    """
+
+    def __init__(self, memory_limit: int | None) -> None:
+        self._limit = memory_limit
+        self._started_at = time.monotonic()
+        self._cpu_seconds = 0.0
+        self._peak_memory = 0
+        self._pause = _MEMORY_LOOK_SECONDS
+        self._next_look = self._started_at + self._pause
+
+    def add(self, spent: resource.struct_rusage) -> None:
+        """Count a process that has ended, with those that it had waited for."""
+        self._cpu_seconds += spent.ru_utime + spent.ru_stime
+        self._peak_memory = max(self._peak_memory, spent.ru_maxrss * 1024)
+
+    def until_next_look(self) -> float:
+        """Return in how many seconds the memory should be looked at."""
+        return max(0.0, self._next_look - time.monotonic())
+
+    def look(self) -> int | None:
+        """Look at the memory in use; returns how many bytes it is if that is over the limit."""
+        if self._limit is None:
+            # seldom for a job that runs long: nothing depends on it
+            self._pause = min(2 * self._pause, _LONGEST_LOOK_SECONDS)
+        pids = _tree()
+        used = sum(map(_resident, pids))
+        if self._limit is not None and used > self._limit:
+            used = sum(map(_proportional, pids))  # what they share counts once
+        self._peak_memory = max(self._peak_memory, used)
+        self._next_look = time.monotonic() + self._pause
+        return used if self._limit is not None and used > self._limit else None
+
+    def record(self) -> dict[str, object]:
+        """Return what is known at the end."""
+        return {
+            "cpu_seconds": round(self._cpu_seconds, 3),
+            "peak_memory": self._peak_memory,
+            "wall_seconds": round(time.monotonic() - self._started_at, 3),
+        }
 
 
 class _Starter:
@@ -224,19 +292,21 @@ class _Starter:
         )
 
 
-def _wait(job: int, deadline: float | None) -> dict[str, object]:
-    """Wait for the job, the deadline or a request to end it, and say which it was."""
+def _wait(job: int, deadline: float | None, usage: _Usage) -> dict[str, object]:
+    """Wait for the job, its limits or a request to end it, and say which it was."""
     while True:
         left = _FOR_EVER if deadline is None else max(0.0, deadline - time.monotonic())
-        received = signal.sigtimedwait(WATCHED, left)
-        if received is None and deadline is None:
-            continue
-        if received is None:
+        received = signal.sigtimedwait(WATCHED, min(left, usage.until_next_look()))
+        if received is None and deadline is not None and time.monotonic() >= deadline:
             return {"kind": "timeout"}
+        if usage.until_next_look() <= 0 and (used := usage.look()) is not None:
+            return {"kind": "memory", "used": used}
+        if received is None:
+            continue
         if received.si_signo == signal.SIGTERM:
             # without the agent's mark the machine is shutting down: the job is lost, not killed
             return {"kind": "killed" if os.path.lexists("kill") else "lost"}
-        status = _reap().get(job)
+        status = _reap(usage).get(job)
         if status is not None:
             return _record_of(status)
 
@@ -247,16 +317,17 @@ def _record_of(status: int) -> dict[str, object]:
     return {"kind": "exited", "code": os.WEXITSTATUS(status)}
 
 
-def _reap() -> dict[int, int]:
+def _reap(usage: _Usage) -> dict[int, int]:
     ended: dict[int, int] = {}
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, spent = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return ended
         if pid == 0:
             return ended
         ended[pid] = status
+        usage.add(spent)
 
 
 def _has_children() -> bool:
@@ -268,11 +339,11 @@ def _has_children() -> bool:
     return True
 
 
-def _end_tree(grace: float) -> None:
+def _end_tree(grace: float, usage: _Usage) -> None:
     """Leave no descendant alive: SIGTERM, the grace period, then SIGKILL until none is left."""
     deadline = time.monotonic() + grace
     terminated: set[int] = set()
-    while descendants := _descendants():
+    while descendants := _descendants(usage):
         new = descendants - terminated
         _signal_all(new, signal.SIGTERM)
         _signal_all(new, signal.SIGCONT)
@@ -281,12 +352,12 @@ def _end_tree(grace: float) -> None:
         if left <= 0:
             break
         signal.sigtimedwait({signal.SIGCHLD}, min(left, 0.1))
-        _reap()
-    while descendants := _descendants():
+        _reap(usage)
+    while descendants := _descendants(usage):
         _signal_all(descendants, signal.SIGKILL)
         # SIGCHLD comes with each death; the bound is for those that are not our children
         signal.sigtimedwait({signal.SIGCHLD}, _STORM_PAUSE)
-        _reap()
+        _reap(usage)
 
 
 def _signal_all(pids: set[int], number: signal.Signals) -> None:
@@ -296,15 +367,19 @@ def _signal_all(pids: set[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _descendants() -> set[int]:
+def _descendants(usage: _Usage) -> set[int]:
     """Return all processes below this one, those of ours that ended being reaped first.
 
     A zombie that is not our child counts, for it may be a program whose first thread
     has ended and whose others live.
     """
-    _reap()
+    _reap(usage)
     if not _has_children():
         return set()
+    return _below()
+
+
+def _below() -> set[int]:
     parents = {int(entry): _parent(entry) for entry in os.listdir("/proc") if entry.isdigit()}
     own = os.getpid()
     found: set[int] = set()
@@ -317,6 +392,41 @@ def _descendants() -> set[int]:
         if above == own or above in found:
             found.update(chain)
     return found
+
+
+def _tree() -> list[int]:
+    """Return the processes below this one, by the kernel's own lists of children (proc(5))."""
+    found: list[int] = []
+    pending = [os.getpid()]
+    try:
+        while pending:
+            pid = pending.pop()
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    pending += map(int, _read_all(f"/proc/{pid}/task/{task}/children").split())
+            found.append(pid)
+    except OSError:
+        return list(_below())
+    return found[1:]
+
+
+def _resident(pid: int) -> int:
+    """Return how many bytes of a process are in memory, 0 if it is gone."""
+    try:
+        return int(_read(f"/proc/{pid}/statm").split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError):
+        return 0
+
+
+def _proportional(pid: int) -> int:
+    """Return its share of the memory that it has, alone or with others; 0 if it is gone."""
+    try:
+        for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
+            if line.startswith(b"Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return _resident(pid)  # of another user, or a kernel without this file
+    return 0
 
 
 def _stat_fields(pid: str) -> list[bytes]:
@@ -342,6 +452,17 @@ def _read(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.read(descriptor, _PROC_FILE_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _read_all(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        pieces = []
+        while piece := os.read(descriptor, _PROC_FILE_BYTES):
+            pieces.append(piece)
+        return b"".join(pieces)
     finally:
         os.close(descriptor)
 

@@ -25,6 +25,7 @@ from agent.executors.base import Command, Execution, Executor
 from agent.executors.records import exit_record
 from agent.isolation.choice import Isolator
 from agent.outcomes import Exit, ExitKind, JobLost
+from agent.resources import Machine
 
 _LOOK_SECONDS = 0.02
 _SHELL = """
@@ -42,7 +43,12 @@ class CrashingExecutor(Executor):
     name = "crashing"
 
     def __init__(
-        self, workdir: Path, environment: Mapping[str, str], isolator: Isolator, umask: int = -1
+        self,
+        workdir: Path,
+        environment: Mapping[str, str],
+        isolator: Isolator,
+        machine: Machine,
+        umask: int = -1,
     ) -> None:
         self._crashed = workdir / "crashed"
         self._environment = dict(environment)
@@ -122,6 +128,9 @@ class _Execution(Execution):
         self._step("after the kill")
         return exit_record(self._path) or Exit(ExitKind.KILLED)
 
+    def usage(self) -> None:
+        self._step("usage")
+
     def forget(self) -> None:
         self._step("forget")
 
@@ -138,5 +147,5 @@ class _Execution(Execution):
 
 
 if __name__ == "__main__":
-    vars(command)["LocalExecutor"] = CrashingExecutor
+    vars(executor_options)["LocalExecutor"] = CrashingExecutor
     sys.exit(command.main(sys.argv[3:]))

@@ -20,6 +20,7 @@ _ENDED = {
     "after the start": 1,
     "before the wait": 1,
     "after the wait": 1,
+    "usage": 1,
     "forget": 1,
 }
 """The steps, and how many attempts there are: one that left no trace is made again."""

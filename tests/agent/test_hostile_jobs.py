@@ -105,7 +105,8 @@ async def test_a_job_that_stops_its_supervisor_can_be_terminated(
     supervisor = psutil.Process(int(lines(witness)[0]))
     await curl("-X", "POST", f"{bare_server.url}/terminate/{job_id}")
     assert (await bare_server.wait(job_id))["status"] == "Killed"
-    await eventually(lambda: not supervisor.is_running(), "its supervisor is gone")
+    # it is gone, or it came to in time and waits for another job
+    assert not supervisor.is_running() or supervisor.status() != psutil.STATUS_STOPPED
     assert not [process for process in bare_server.processes() if process.name() == "sleep"]
 
 
