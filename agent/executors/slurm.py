@@ -26,7 +26,7 @@ from typing import Any, cast
 from agent import plain_files
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution, Executor
-from agent.executors.records import supervisor_errors
+from agent.executors.records import supervisor_errors, usage_record
 from agent.executors.slurm_commands import (
     SlurmCommands,
     SlurmJob,
@@ -39,7 +39,7 @@ from agent.executors.slurm_records import SlurmRecords, name_in
 from agent.executors.slurm_submission import Request, batch_script
 from agent.executors.slurm_watch import SlurmWatch
 from agent.outcomes import Exit, ExitKind, JobLost
-from jobs import MAX_CPUS, MAX_GPUS, MAX_MEMORY_BYTES, Resources
+from jobs import MAX_CPUS, MAX_GPUS, MAX_MEMORY_BYTES, Resources, Usage
 from runtime import PASSED_PREFIXES, PASSED_VARIABLES
 from telemetry.logs import event
 
@@ -409,6 +409,10 @@ class SlurmExecution(Execution):
             self._log("cancel_unanswered", {"slurm": self._number(), "error": str(error)})
             return _FIRST_RETRY_SECONDS
         return _CANCEL_AGAIN_SECONDS
+
+    def usage(self) -> Usage | None:
+        """Return what the supervisor on the node says that the job has used."""
+        return usage_record(self._directory.path)
 
     def forget(self) -> None:
         """Remove what the batch job itself has printed."""

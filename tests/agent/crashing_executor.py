@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(sys.argv[1]).parent))
 
-from agent import command
+from agent import command, executor_options
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution, Executor
 from agent.executors.records import exit_record
