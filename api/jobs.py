@@ -15,8 +15,8 @@ from api.filters import filter_of
 from api.parameters import before_of, cursor_before, limit_of
 from api.routes import job_id_of
 from dispatch import Dispatcher
-from jobs import JobState
-from records import AttemptRecord, JobDetails, JobSummary, Usage, UserQueue
+from jobs import JobState, Usage
+from records import AttemptRecord, JobDetails, JobSummary, UserQueue
 from store import Store
 from telemetry.logs import event
 
