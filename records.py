@@ -153,10 +153,17 @@ class StoredFile:
 
 
 class Loss(enum.Enum):
-    """How an attempt was lost, which decides whether it counts against the allowed number."""
+    """How an attempt was lost, which decides how much it counts against the allowed number."""
 
-    AGENT_AWAY = "the agent is gone; counts only if the job may have started"
-    REPORTED = "the agent tried and could not go on; counts always"
+    AGENT_AWAY = "the agent is gone; a job that it had whole may have started"
+    REPORTED = "the agent tried and could not go on"
+
+    @property
+    def early_states(self) -> frozenset[JobState]:
+        """The states in which the job's process has surely not started."""
+        if self is Loss.AGENT_AWAY:
+            return frozenset({JobState.PROCESSING})
+        return frozenset({JobState.PROCESSING, JobState.SUBMITTED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from api.errors import Forbidden
 from api.parameters import user_id_from
-from records import Token
+from records import Role, Token
 
 _CALLER = "caller"
 
@@ -26,6 +26,12 @@ def caller_name(request: web.BaseRequest) -> str:
     """Return the name of the caller's token, a dash if none was needed."""
     token = token_of(request)
     return "-" if token is None else token.name
+
+
+def may_administrate(request: web.Request) -> bool:
+    """Say whether the caller is an admin; all are where no tokens are demanded."""
+    token = token_of(request)
+    return token is None or token.role is Role.ADMIN
 
 
 def user_restriction(request: web.Request) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from api.answers import resources_body, rfc3339
-from api.callers import user_restriction
+from api.callers import may_administrate, user_restriction
 from api.errors import NotFound
 from config import VERSION, ServiceLimits, SettingsInForce
 from dispatch import Dispatcher
@@ -69,8 +69,7 @@ class OperationHandlers:
     async def agents(self, request: web.Request) -> web.StreamResponse:
         """``GET /agents``: those that are connected, hold jobs, or are drained."""
         agents = sorted(self._dispatcher.agents(), key=lambda agent: (agent.name, agent.id))
-        user_id = user_restriction(request)
-        return web.json_response({"agents": [_agent_body(agent, user_id) for agent in agents]})
+        return web.json_response({"agents": [_agent_body(agent, request) for agent in agents]})
 
     async def drain_agent(self, request: web.Request) -> web.StreamResponse:
         """``POST /agents/{name}/drain``: what it holds it finishes, it gets nothing new."""
@@ -175,6 +174,11 @@ def _agent_families(agents: list[AgentStatus]) -> Iterator[Family]:
         sum(agent.is_drained for agent in agents),
     )
     yield metrics.gauge(
+        "orchestrator_agents_set_aside",
+        "Agents that get one job on trial now and then, since they lost the last ones.",
+        sum(agent.set_aside is not None for agent in agents),
+    )
+    yield metrics.gauge(
         "orchestrator_slots", "Slots of connected agents.", sum(agent.slots for agent in connected)
     )
     yield metrics.gauge(
@@ -185,14 +189,15 @@ def _agent_families(agents: list[AgentStatus]) -> Iterator[Family]:
 def _agent_answer(request: web.Request, agents: list[AgentStatus]) -> web.Response:
     if not agents:
         raise NotFound(f"there is no agent {request.match_info['name']!r:.80}")
-    return web.json_response(_agent_body(agents[0], user_restriction(request)))
+    return web.json_response(_agent_body(agents[0], request))
 
 
-def _agent_body(agent: AgentStatus, user_id: int | None) -> dict[str, Any]:
-    """Return what may be seen of an agent: of its jobs, those of the user (None: of all)."""
+def _agent_body(agent: AgentStatus, request: web.Request) -> dict[str, Any]:
+    """Return what the caller may see of an agent: of its jobs their own, its id as an admin."""
+    user_id = user_restriction(request)
     return {
         "name": agent.name,
-        "id": agent.id,
+        "id": agent.id if may_administrate(request) else None,
         "version": agent.version,
         "services": None if agent.services is None else list(agent.services),
         "slots": agent.slots,
@@ -210,6 +215,7 @@ def _agent_body(agent: AgentStatus, user_id: int | None) -> dict[str, Any]:
         "connected_since": rfc3339(agent.connected_since),
         "address": agent.address,
         "lease_left": _rounded(agent.lease_left),
+        "set_aside": agent.set_aside,
         "isolation": {
             "default": agent.default_isolation,
             "kinds": [

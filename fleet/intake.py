@@ -115,6 +115,7 @@ class Intake:
                 await self._advance(jobs.JobState.SUBMITTED, "input received")
             case messages.Started():
                 await self._advance(jobs.JobState.RUNNING, "process started")
+                self._roster.started(self._agent)
             case messages.Finished():
                 report = replace(item, message=item.message[:_MAX_MESSAGE_LENGTH])
                 self._result = result = await self._begin_result(report)
@@ -275,6 +276,7 @@ class Intake:
             await self._give_back(f"agent {self._agent.name} sent no whole archive", "damaged")
             return
         self._outbox.put(messages.Stored(self._attempt.id))
+        self._roster.delivered(self._agent)
         self._end(report.state)
 
 

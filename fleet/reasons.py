@@ -37,6 +37,8 @@ def why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) -
         for agent in agents
         if agent.may_get_jobs() and agent.offers(service) and needed.fits(agent.total())
     ]
+    if not able:
+        return _who_is_set_aside(agents, service)
     with_slot = [agent for agent in able if agent.free_slots() > 0]
     if not with_slot:
         return "all slots busy"
@@ -52,6 +54,13 @@ def why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) -
         ):
             return f"waits for {_amount(name, getattr(needed, name))} on {where}"
     return f"waits for room on {where}"
+
+
+def _who_is_set_aside(agents: Iterable[Agent], service: str) -> str:
+    for agent in agents:
+        if agent.offers(service) and (reason := agent.health.set_aside()):
+            return f"agent {agent.name} is set aside: {reason}"
+    return "all slots busy"
 
 
 def _what_is_too_large(agents: Iterable[Agent], needed: Resources) -> str:

@@ -13,9 +13,10 @@ from events import AgentChangeKind
 from fleet.attempt import Attempt
 from fleet.connection import Connection
 from fleet.greeting import hello_problem
+from fleet.health import Health
 from fleet.placement import Capacity
 from fleet.storing import until_stored
-from jobs import NO_RESOURCES, Isolation, IsolationKind, IsolationOffer, Resources
+from jobs import NO_RESOURCES, Isolation, IsolationKind, IsolationOffer, JobState, Resources
 from records import JobIdentity, KnownAgent, Loss, Superseded
 from store import Store
 from telemetry.logs import event
@@ -33,7 +34,8 @@ class AgentStatus:
     it. ``heartbeat_age``: seconds since it was heard, None if not since the server started.
     ``load``: the load average of its machine. ``problem``: what keeps it from starting any job
     at all. ``lease_left``: seconds
-    until the jobs of an agent that is away go to others.
+    until the jobs of an agent that is away go to others. ``set_aside``: why it gets no jobs but
+    one on trial now and then, since it lost the last ones; None if it is trusted.
     """
 
     id: str
@@ -53,6 +55,7 @@ class AgentStatus:
     connected_since: float | None
     address: str | None
     lease_left: float | None
+    set_aside: str | None
     default_isolation: IsolationKind
     isolation: tuple[IsolationOffer, ...]
     problems: tuple[tuple[str, str], ...]
@@ -78,6 +81,7 @@ class Agent:
     answers: dict[str, tuple[Isolation, str | None]] = field(default_factory=dict)
     unable: dict[str, str] = field(default_factory=dict)  # why, by service
     offered: frozenset[str] | None = None
+    health: Health = field(default_factory=Health)
     away_seconds: float = 0.0  # of its lease, how much has run
     lease_left: float | None = None  # None: it does not run
 
@@ -85,7 +89,8 @@ class Agent:
         """Return how many more jobs it could run now."""
         if self.is_drained or self.connection is None or not self.connection.is_welcomed:
             return 0
-        return self.slots - self.busy()
+        now = asyncio.get_running_loop().time()
+        return self.health.allowed(self.slots, self.busy(), now)
 
     def busy(self) -> int:
         """Return how many slots are in use."""
@@ -135,11 +140,13 @@ class Agent:
     def may_get_jobs(self) -> bool:
         """Say whether it is there and gets jobs, now or once something is free."""
         is_there = self.connection is not None and self.connection.is_welcomed
-        return is_there and not self.takes_nothing_new()
+        is_trusted = self.health.set_aside() is None or self.free_slots() > 0
+        return is_there and is_trusted and not self.takes_nothing_new()
 
     def is_needed(self) -> bool:
         """Say whether there is a reason to know it: what it does, or what was said of it."""
-        return self.connection is not None or self.busy() > 0 or self.is_drained
+        is_known_for_more = self.is_drained or self.health.losses > 0
+        return self.connection is not None or self.busy() > 0 or is_known_for_more
 
     def status(self) -> AgentStatus:
         """Return what an operator sees of it."""
@@ -167,6 +174,7 @@ class Agent:
             isolation=self.isolation,
             problems=tuple(sorted(self.unable.items())),
             lease_left=self.lease_left,
+            set_aside=self.health.set_aside(),
         )
 
 
@@ -370,7 +378,46 @@ class Roster:
             state=state,
             reason=reason,
         )
+        if loss is Loss.REPORTED:
+            self._distrust(agent, attempt, reason)
         self.forget(agent, attempt)
+
+    def started(self, agent: Agent) -> None:
+        """An agent started the process of a job."""
+        if agent.health.start():
+            self._trust_again(agent)
+
+    def delivered(self, agent: Agent) -> None:
+        """An agent delivered a result."""
+        if agent.health.recover():
+            self._trust_again(agent)
+
+    def _trust_again(self, agent: Agent) -> None:
+        event(log, "agent_trusted_again", agent=agent.name)
+        self.changed(agent)
+
+    def _distrust(self, agent: Agent, attempt: Attempt, reason: str) -> None:
+        """An agent lost an attempt for a reason of its own: give it nothing for a while."""
+        loop = asyncio.get_running_loop()
+        was_started = attempt.state is JobState.RUNNING
+        pause = agent.health.lose(reason, loop.time(), was_started=was_started)
+        event(
+            log,
+            "agent_set_aside" if agent.health.set_aside() else "agent_backs_off",
+            level=logging.WARNING,
+            agent=agent.name,
+            losses=agent.health.losses,
+            reason=reason,
+            retry_s=pause,
+        )
+        loop.call_later(pause, self._end_pause, agent)
+
+    def _end_pause(self, agent: Agent) -> None:
+        """An agent may have a job on trial; one that went away meanwhile may begin anew."""
+        if self._agents.get(agent.id) is agent:
+            if agent.connection is None:
+                agent.health.recover()
+            self.changed(agent)
 
 
 def _wrong_secret(hello: messages.Hello) -> messages.Refused:

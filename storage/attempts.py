@@ -49,6 +49,11 @@ from telemetry import metrics
 from wire.frames import CHUNK_BYTES
 from wire.messages import Finished
 
+EARLY_LOSSES_OF_A_START = 8
+"""How many attempts that were lost before their process started count as one that was not."""
+
+_MAX_AVOIDED = 4
+
 
 class Attempts:
     """What changes with an attempt, and what is stored of it."""
@@ -206,22 +211,34 @@ class Attempts:
     ) -> JobState:
         """Take a job from an agent that lost it; returns Queued, or Failed if it was the last try.
 
-        An attempt that was lost on its way to the agent is not held against the job. Raises
-        :class:`Superseded` if the attempt no longer counts.
+        An attempt that was lost before its process started counts an eighth. An agent that
+        reported the loss is avoided from now on. Raises :class:`Superseded` if the attempt no
+        longer counts.
         """
 
         def operation(db: Database) -> JobState:
             job = active_job_of_attempt(db, attempt_id)
-            is_undelivered = loss is Loss.AGENT_AWAY and job.state is JobState.PROCESSING
-            lost_starts = job.lost_starts + (not is_undelivered)
+            early_losses, avoided, agent_id = db.execute(
+                "SELECT early_losses, avoided, attempt.agent_id FROM job"
+                " JOIN attempt ON attempt.id = job.attempt_id WHERE job.id = ?",
+                (job.id,),
+            ).fetchone()
+            is_early = job.state in loss.early_states
+            early_losses += is_early
+            counts = not is_early or early_losses % EARLY_LOSSES_OF_A_START == 0
+            lost_starts = job.lost_starts + counts
+            if loss is Loss.REPORTED:
+                others = [other for other in avoided.split() if other != agent_id]
+                avoided = " ".join(sorted([agent_id, *others[-(_MAX_AVOIDED - 1) :]]))
             drop_partial_result(db, attempt_id)
             if lost_starts >= max_attempts:
                 message = f"{reason}; given up after {lost_starts} attempts"
                 transition(db, job, JobState.FAILED, message, message)
                 return JobState.FAILED
             db.execute(
-                "UPDATE job SET attempt_id = NULL, lost_starts = ? WHERE id = ?",
-                (lost_starts, job.id),
+                "UPDATE job SET attempt_id = NULL, lost_starts = ?, early_losses = ?, avoided = ?"
+                " WHERE id = ?",
+                (lost_starts, early_losses, avoided, job.id),
             )
             doom_output(db, job.id)
             transition(db, job, JobState.QUEUED, reason, f"{reason}; queued again")

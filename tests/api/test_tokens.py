@@ -353,3 +353,16 @@ async def test_a_request_with_too_much_header_is_refused(server: Server) -> None
         assert_error(await curl(*arguments), 400, "^not an acceptable HTTP request: .")
     assert "Traceback" not in server.log()
     assert (await curl(f"{server.url}/health")).status == 200
+
+
+async def test_ids_of_agents_are_for_admins(server: Server) -> None:
+    await server.result(await server.upload("true"))
+    url = f"{server.url}/agents"
+    (known,) = (await curl(url)).json()["agents"]
+    assert known["id"]
+    roles = ("admin", "submit", "read")
+    bearers = {role: await new_token(server, role, "any", role) for role in roles}
+    await until_status(401, url)
+    for role, expected in zip(roles, (known["id"], None, None), strict=True):
+        (seen,) = (await until_status(200, *bearers[role], url)).json()["agents"]
+        assert (seen["name"], seen["id"]) == (known["name"], expected)

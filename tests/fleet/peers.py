@@ -113,12 +113,16 @@ class Peer:
         self._to_server.put_nowait(None)
 
     async def wait_for(self, kind: type[M]) -> M:
-        """Return the next message of a kind; what comes before is ignored."""
+        """Return the next message of a kind, soon; what comes before is ignored."""
         async with asyncio.timeout(_SECONDS):
-            while True:
-                item = await self._from_server.get()
-                if isinstance(item, kind):
-                    return item
+            return await self.receive(kind)
+
+    async def receive(self, kind: type[M]) -> M:
+        """Return the next message of a kind, whenever it comes; what comes before is ignored."""
+        while True:
+            item = await self._from_server.get()
+            if isinstance(item, kind):
+                return item
 
 
 @dataclasses.dataclass

@@ -82,10 +82,10 @@ async def test_the_status_is_that_of_the_file_after_every_kind_of_change(
     await agree(job.id, JobState.QUEUED)
     attempt_id = await run_job(store, job)
     await agree(job.id, JobState.RUNNING)
-    await store.attempts.requeue(attempt_id, Loss.REPORTED, "lost", max_attempts=2)
+    await store.attempts.requeue(attempt_id, Loss.AGENT_AWAY, "lost", max_attempts=2)
     await agree(job.id, JobState.QUEUED)
     attempt_id = await run_job(store, job)
-    await store.attempts.requeue(attempt_id, Loss.REPORTED, "lost", max_attempts=2)
+    await store.attempts.requeue(attempt_id, Loss.AGENT_AWAY, "lost", max_attempts=2)
     await agree(job.id, JobState.FAILED)
 
     completed = await make_job(store)

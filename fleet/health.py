@@ -1,0 +1,57 @@
+"""Whether an agent can be trusted with jobs: judged by those that it lost. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_LOSSES = 3
+"""How many attempts an agent may lose in a row before it is set aside."""
+
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 300.0
+
+
+@dataclass(slots=True)
+class Health:
+    """What an agent lost since it last showed that it is well.
+
+    After a loss it gets nothing for a while, twice as long each time; what it loses meanwhile
+    counts with it. With :data:`MAX_LOSSES` in a row it is set aside: it gets one job on trial
+    after each pause. A result that it delivers makes it as good as new, and so does a process that
+    it starts if it never lost one that it had started.
+    """
+
+    losses: int = 0
+    reason: str = ""
+    trial_at: float = 0.0
+    lost_started: bool = False
+
+    def lose(self, reason: str, now: float, *, was_started: bool) -> float:
+        """It lost an attempt; returns for how many seconds it gets nothing."""
+        self.reason = reason
+        self.lost_started |= was_started
+        if now >= self.trial_at:
+            self.losses += 1
+            doubled = _FIRST_PAUSE_SECONDS * 2.0 ** min(self.losses - 1, 16)
+            self.trial_at = now + min(doubled, _LONGEST_PAUSE_SECONDS)
+        return self.trial_at - now
+
+    def start(self) -> bool:
+        """It started a job's process; returns whether that makes it well again."""
+        return self.losses > 0 and not self.lost_started and self.recover()
+
+    def recover(self) -> bool:
+        """It delivered a result; returns whether that makes it well again."""
+        was_ill = self.losses > 0
+        self.losses, self.reason, self.lost_started = 0, "", False
+        return was_ill
+
+    def allowed(self, slots: int, busy: int, now: float) -> int:
+        """Return how many more jobs it may get, of ``slots`` of which some are busy."""
+        if self.losses and now < self.trial_at:
+            return 0
+        return (slots if self.losses < MAX_LOSSES else min(slots, 1)) - busy
+
+    def set_aside(self) -> str | None:
+        """Say why it gets no more than a job on trial now and then; None if it is not so."""
+        return self.reason if self.losses >= MAX_LOSSES else None
