@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from events import Feed
-from records import StoreError, StoreFull, StoreRefused, StoreUnavailable
+from records import StoreDamaged, StoreError, StoreFull, StoreRefused, StoreUnavailable
 from storage.agents import Agents
 from storage.attempts import Attempts
 from storage.blobs import Blobs
@@ -38,14 +38,19 @@ __all__ = ["POSITION_LIMIT", "SQLITE_VERSION", "Store", "Upload"]
 SQLITE_VERSION = sqlite3.sqlite_version
 
 
+_DAMAGED = (
+    "; put the last backup in its place (README, Backup), or see what is damaged"
+    " with 'orchestrator.py check FILE'"
+)
+
+
 def _advice(error: StoreError) -> str:
     """Say what to do about a file that can't be opened."""
+    if isinstance(error, StoreDamaged):
+        return _DAMAGED
     match getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF:
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            return (
-                "; put the last backup in its place (README, Backup), or see what is damaged"
-                " with 'orchestrator.py check FILE'"
-            )
+            return _DAMAGED
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
             return "; " + HOW_TO_MAKE_WRITABLE
         case sqlite3.SQLITE_FULL:
@@ -86,7 +91,7 @@ class Store:
         try:
             with translated():
                 await store._file.open(store._begin)
-        except (StoreRefused, StoreUnavailable, StoreFull) as error:
+        except (StoreRefused, StoreUnavailable, StoreFull, StoreDamaged) as error:
             await store.close()
             raise StoreRefused(f"{path}: {error}{_advice(error)}") from error
         except BaseException:

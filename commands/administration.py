@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from records import Role, StoreRefused, Token, digest_of
 from storage.backup import back_up
-from storage.check import check
+from storage.check import UNSEEN, check
 from storage.tokens import create_token, forget_tokens, list_tokens, new_secret, revoke_token
 
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -96,7 +96,7 @@ def run_check(path: str) -> int:
         problems = check(path, progress)
     for problem in problems:
         sys.stdout.write(f"{path}: {problem}\n")
-    sys.stdout.write(f"{path}: {len(problems)} problems\n")
+    sys.stdout.write(f"{path}: {len(problems)} problems; {UNSEEN}\n")
     return 1 if problems else 0
 
 

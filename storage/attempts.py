@@ -34,6 +34,7 @@ from storage.blobs import (
     read_stream,
     seal_result,
 )
+from storage.checksums import stored_state
 from storage.database import Database
 from storage.file import DatabaseFile
 from storage.output import add_output, doom_output, drop_live_output
@@ -326,7 +327,7 @@ class Attempts:
 
 
 def _active_job(row: Sequence[Any]) -> ActiveJob:
-    return ActiveJob(*(JobIdentity(*row[:3]), *row[3:7], JobState(row[7]), demand_of(row[8:])))
+    return ActiveJob(*(JobIdentity(*row[:3]), *row[3:7], stored_state(row[7]), demand_of(row[8:])))
 
 
 def _content_of(db: Database, files: Sequence[StoredFile]) -> bytes | None:

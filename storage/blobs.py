@@ -8,6 +8,7 @@ crash and is doomed, except the partial result of an attempt that may still go o
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 from collections import Counter
@@ -63,14 +64,20 @@ class Blobs:
         A small one comes with its content: to read that alone would be another hop.
         """
         rows = await self._file.rows(
-            "SELECT blob.id, blob.size, blob.sha256, chunk.data"
+            "SELECT blob.id, blob.size, blob.sha256, chunk.id, chunk.data, chunk.crc32"
             " FROM job JOIN attempt ON attempt.id = job.attempt_id"
             " JOIN blob ON blob.id = attempt.result_blob"
             " LEFT JOIN chunk ON chunk.id = blob.id << ? AND blob.size <= ?"
             " WHERE job.id = ? AND blob.state = 'sealed'",
             (CHUNK_INDEX_BITS, SMALL_BYTES, job_id),
         )
-        return StoredResult(*rows[0]) if rows else None
+        if not rows:
+            return None
+        blob_id, size, sha256, chunk_id, data, crc32 = rows[0]
+        content = None if chunk_id is None else _checked(chunk_id, data, crc32)
+        if content is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise StoreDamaged(f"the result of job {job_id} is damaged")
+        return StoredResult(blob_id, size, sha256, content)
 
     async def input_of_job(self, job_id: int) -> tuple[StoredFile, ...]:
         """Return a job's input in upload order; nothing once it has been removed."""

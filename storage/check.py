@@ -20,12 +20,12 @@ from storage.backup import Progress
 from storage.blobs import CHUNK_INDEX_BITS
 from storage.checksums import checksum_of_bytes, checksum_of_row
 from storage.database import opened_by_command
-from storage.schema import MIGRATIONS, demand_ours
+from storage.schema import MIGRATIONS, damaged_objects, demand_ours
 from storage.uploads import checksum_of_request
 
 UNSEEN = (
-    "not seen: well-formed changes of messages, exit codes, names of agents and tokens,"
-    " keys, settings"
+    "not seen: well-formed changes of messages, exit codes, usage, agents, tokens, keys,"
+    " statistics, settings"
 )
 """What ``check`` can't find, in a line."""
 
@@ -51,6 +51,7 @@ def check(path: str, progress: Progress) -> list[str]:
             return [f"its version is {version}; this program knows 1 to {len(MIGRATIONS)}"]
         has_checksums = version >= _CHECKSUMS_SINCE
         parts = [
+            *([_check_schema(db, version)] if has_checksums else []),
             _check_values(db),
             _check_blobs(db, progress, has_checksums),
             _check_files(db),
@@ -74,7 +75,7 @@ def _said(problems: Iterator[str]) -> list[str]:
             found.append(problem.encode("utf-8", "backslashreplace").decode())
             if len(found) >= _MAX_PROBLEMS:
                 break
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         found.append(f"it can't be read: {error}")
     return found
 
@@ -83,6 +84,11 @@ def _check_pages(db: sqlite3.Connection) -> Iterator[str]:
     yield from (row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok")
     for table, row_id, parent, _ in db.execute("PRAGMA foreign_key_check"):
         yield f"row {row_id} of {table} refers to a missing {parent}"
+
+
+def _check_schema(db: sqlite3.Connection, version: int) -> Iterator[str]:
+    for name in damaged_objects(db, version):
+        yield f"the schema is damaged: {name}"
 
 
 # --- values -----------------------------------------------------------------------

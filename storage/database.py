@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import aiosqlite
 
-from records import StoreBroken, StoreFull, StoreRefused, StoreUnavailable
+from records import StoreBroken, StoreDamaged, StoreFull, StoreRefused, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -78,6 +78,8 @@ def translated() -> Iterator[None]:
     """Turn SQLite's environment errors into ours; programming errors pass as they are."""
     try:
         yield
+    except UnicodeDecodeError as error:  # in what SQLite says of a damaged schema
+        raise StoreDamaged("the database is damaged: its text can't be read") from error
     except sqlite3.IntegrityError:
         raise
     except sqlite3.DatabaseError as error:
@@ -100,6 +102,8 @@ def translated() -> Iterator[None]:
             sqlite3.SQLITE_NOTADB,
         ):
             raise StoreUnavailable(f"the database can't be used: {error}") from error
+        if str(error).startswith("Could not decode to UTF-8"):
+            raise StoreDamaged(f"the database is damaged: {error}") from error
         raise
 
 
@@ -212,5 +216,5 @@ def opened_by_command(path: str) -> Iterator[sqlite3.Connection]:
             closing(sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS)) as db,
         ):
             yield db
-    except StoreUnavailable as error:
-        raise StoreUnavailable(f"{path}: {error}") from error
+    except (StoreUnavailable, StoreDamaged) as error:
+        raise type(error)(f"{path}: {error}") from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from events import AgentChange, AgentChangeKind, Transition
-from jobs import JobState
+from storage.checksums import stored_state
 from storage.file import DatabaseFile
 
 HISTORY_OF_JOB = """
@@ -63,7 +63,7 @@ def transition_of(row: Sequence[Any]) -> Transition:
         service,
         attempt,
         at,
-        None if before is None else JobState(before),
-        JobState(after),
+        None if before is None else stored_state(before),
+        stored_state(after),
         reason,
     )

@@ -21,6 +21,7 @@ from records import (
     UserQueue,
 )
 from storage.blobs import Blobs
+from storage.checksums import stored_state
 from storage.cleaning import clean_job
 from storage.database import Database
 from storage.file import DatabaseFile
@@ -67,7 +68,7 @@ class Jobs:
 
     async def _read_status(self, job_id: int) -> JobStatus | None:
         rows = await self._file.rows("SELECT id, state, message FROM job WHERE id = ?", (job_id,))
-        return JobStatus(rows[0][0], JobState(rows[0][1]), rows[0][2]) if rows else None
+        return JobStatus(rows[0][0], stored_state(rows[0][1]), rows[0][2]) if rows else None
 
     async def owner_of(self, job_id: int) -> int | None:
         """Return the user of a job, None if there is no such job."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from events import Output
-from jobs import JobState
 from records import NewOutput, OutputPiece, OutputSource, StoreDamaged
-from storage.checksums import checksum_of_bytes
+from storage.checksums import checksum_of_bytes, stored_state
 from storage.database import Database
 from storage.file import DatabaseFile
 from storage.transitions import JobRow, receiving_job_of_attempt
@@ -75,7 +74,7 @@ class JobOutput:
         rows = await self._file.rows(
             "SELECT state, attempt_id, attempts FROM job WHERE id = ?", (job_id,)
         )
-        return OutputSource(JobState(rows[0][0]), *rows[0][1:]) if rows else None
+        return OutputSource(stored_state(rows[0][0]), *rows[0][1:]) if rows else None
 
 
 def doom_output(db: Database, job_id: int) -> None:

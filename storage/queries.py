@@ -18,6 +18,7 @@ from records import (
     JobSummary,
     StoredResult,
 )
+from storage.checksums import stored_state
 from storage.database import Database
 from storage.history import HISTORY_OF_JOB, transition_of
 
@@ -155,7 +156,7 @@ def is_counted(wanted: JobFilter) -> bool:
 def kept_counts(db: Database, wanted: JobFilter) -> Counter[JobState]:
     """Return how many jobs are in each state, where :func:`is_counted`."""
     rows = db.execute(_COUNTED, _parameters_of(wanted))
-    counts = {JobState(state): jobs for state, jobs in rows}
+    counts = {stored_state(state): jobs for state, jobs in rows}
     asked = wanted.states or counts.keys()
     return Counter({state: jobs for state, jobs in counts.items() if jobs and state in asked})
 
@@ -165,7 +166,7 @@ def count_some(
 ) -> tuple[Counter[JobState], int | None]:
     """Count the states of a bounded number of jobs; returns where to go on, None at the end."""
     found, next_before = _find_rows(db, wanted, before, _EXAMINE_JOBS)
-    return Counter(JobState(row[1]) for row in found), next_before
+    return Counter(stored_state(row[1]) for row in found), next_before
 
 
 def _candidates_for(wanted: JobFilter) -> str:
@@ -216,9 +217,11 @@ def _summaries_of(db: Database, rows: Sequence[Sequence[Any]]) -> list[JobSummar
 
 
 def _summary_of(row: Sequence[Any], tags: tuple[tuple[str, str], ...]) -> JobSummary:
-    outcome = None if row[13] is None else JobState(row[13])
+    outcome = None if row[13] is None else stored_state(row[13])
     needed = Resources(*row[18:])
-    return JobSummary(*(row[0], JobState(row[1]), *row[2:13], outcome, *row[14:18], tags, needed))
+    return JobSummary(
+        *(row[0], stored_state(row[1]), *row[2:13], outcome, *row[14:18], tags, needed)
+    )
 
 
 def job_details(db: Database, job_id: int) -> JobDetails | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import sqlite3
+from contextlib import closing
 
-from records import StoreRefused
+from records import StoreDamaged, StoreRefused
 from storage.database import Database
 from telemetry.logs import event
 
@@ -308,6 +309,20 @@ def demand_ours(db: sqlite3.Connection, path: str) -> None:
         raise StoreRefused(f"{path}: not a database of Orchestrator")
 
 
+def damaged_objects(db: sqlite3.Connection, version: int) -> list[str]:
+    """Return the names of the tables, indices and triggers that are not as that version made them.
+
+    What others added to the file is their business.
+    """
+    statement = "SELECT type, name, tbl_name, sql FROM sqlite_schema"
+    with closing(sqlite3.connect(":memory:")) as model:
+        for migration in MIGRATIONS[:version]:
+            for step in migration:
+                model.execute(step)
+        expected = set(model.execute(statement))
+    return sorted(row[1] for row in expected - set(db.execute(statement)))
+
+
 _GROWN_VERSION = 2
 _OBJECT = re.compile(r"CREATE (?:TABLE|INDEX|TRIGGER) (\w+)|ALTER TABLE (\w+) ADD COLUMN (\w+)")
 
@@ -318,6 +333,7 @@ def _complete_grown_version(db: Database) -> None:
     Five states of it were written within an hour. Each has some of its statements, in the words
     in which they stand above.
     """
+    db.execute("DROP INDEX IF EXISTS blob_unsealed")
     for statement in MIGRATIONS[_GROWN_VERSION - 1]:
         match = _OBJECT.match(statement)
         if match is None:
@@ -364,6 +380,8 @@ def migrate(db: Database) -> None:
             db.execute(f"PRAGMA user_version = {number}")
             event(log, "migrated", version=number)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        if damaged := damaged_objects(db, len(MIGRATIONS)):
+            raise StoreDamaged(f"the schema is damaged: {', '.join(damaged)}")
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:

@@ -12,7 +12,7 @@ from events import Transition
 from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, Demand, JobState, Resources
 from records import IllegalTransition, Superseded, UserQueue
 from storage.blobs import has_result
-from storage.checksums import checksum_of_row
+from storage.checksums import checksum_of_row, stored_state
 from storage.database import Database
 
 
@@ -172,7 +172,7 @@ def job_with_id(db: Database, job_id: int) -> JobRow | None:
 
 def job_of(row: Sequence[Any]) -> JobRow:
     """Make the record of a row of id, user, service, state, attempts and lost starts."""
-    return JobRow(row[0], row[1], row[2], JobState(row[3]), row[4], row[5])
+    return JobRow(row[0], row[1], row[2], stored_state(row[3]), row[4], row[5])
 
 
 def active_job_of_attempt(db: Database, attempt_id: int) -> JobRow:
