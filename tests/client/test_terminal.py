@@ -32,6 +32,25 @@ async def test_ls_is_a_coloured_table_that_fits(program: Program, server: Server
     assert max(map(len, _plain(narrow.out))) <= 40
 
 
+_EVERY_COMMAND = (
+    *("run -- echo x", "submit run.sh", "submit run.sh --follow", "submit run.sh --get out"),
+    *("ls", "ls 1-2 -o json", "show last", "logs last", "logs -f last", "wait last 1"),
+    *("get last", "get last --partial", "get last stdout.log -o -", "get last --zip"),
+    *("rerun last", "submit sleep.sh --script sleep.sh", "cancel last", "delete 1", "agents"),
+    *("services", "open --print", "config", "completion bash", "help", "help ls", "ls --help"),
+)
+
+
+async def test_every_command_on_a_terminal(program: Program, server: Server) -> None:
+    await server.agent_pid()
+    (program.directory / "run.sh").write_text("echo printed\n")
+    (program.directory / "sleep.sh").write_text("sleep 1000\n")
+    for words in _EVERY_COMMAND:
+        done = await (await program.on_terminal(*words.split(), columns=80)).end()
+        assert done.code == 0, (words, done)
+        assert "Traceback" not in done.out and done.out.strip(), (words, done)
+
+
 async def test_a_pipe_gets_plain_text_and_no_progress(program: Program, server: Server) -> None:
     done = await program.run("run", "--", "echo out; echo err >&2")
     assert done.code == 0 and done.out == "out\n"
