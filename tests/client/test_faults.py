@@ -13,7 +13,7 @@ from orchestrator_client import AsyncClient, Client, JobFilter, Submission
 from tests.client.program import Program
 from tests.faults.proxy import FaultyProxy
 from tests.faults.test_disks import small_disk
-from tests.harness import Server, eventually
+from tests.harness import AgentProcess, Server, eventually
 
 _MB = 1_000_000
 _PATIENCE = 60.0
@@ -172,6 +172,33 @@ async def test_following_through_a_restart_shows_each_line_once(
     gate.touch()
     await following
     assert seen == [f"line {i}" for i in range(1, 401)] + ["started"]
+
+
+async def test_following_a_job_that_is_started_again_meanwhile(
+    bare_server: Server, new_agent: Callable[[str], AgentProcess]
+) -> None:
+    first, second = new_agent("first"), new_agent("second")
+    await first.start("--slots", "1")
+    await first.wait_connected()
+    script = 'echo "attempt $ORCHESTRATOR_ATTEMPT"; [ "$ORCHESTRATOR_ATTEMPT" != 1 ] || sleep 1000'
+    job_id = await bare_server.upload(script)
+    seen: list[str] = []
+
+    def follow(url: str) -> None:
+        with Client(url, user_id=1) as client:
+            seen.extend(client.job(job_id).logs(follow=True))
+
+    async with FaultyProxy(_port(bare_server)).running() as proxy:
+        following = asyncio.create_task(asyncio.to_thread(follow, proxy.url))
+        await eventually(lambda: seen == ["attempt 1"], "it follows")
+        await first.kill()
+        proxy.is_down = True
+        proxy.cut()
+        await second.start("--slots", "1")
+        await bare_server.wait(job_id, "Completed")
+        proxy.is_down = False
+        await following
+    assert seen == ["attempt 1", "", "[... attempt 2 ...]", "attempt 2"]
 
 
 # --- downloads --------------------------------------------------------------------
