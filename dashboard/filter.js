@@ -105,7 +105,7 @@ export function write(terms) {
 
 /** @param {string} value */
 function writeText(value) {
-  return /^#?\d+$|:|"/.test(value) ? `"${value.replaceAll('"', '')}"` : value;
+  return /(^|\s)#?\d+(\s|$)|:|"/.test(value) ? `"${value.replaceAll('"', '')}"` : value;
 }
 
 /**

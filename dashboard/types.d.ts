@@ -45,27 +45,26 @@ export interface Transition {
 
 export interface AgentChange { id: string; name: string; status: string; at: string }
 
-export interface AgentResources {
-  cpus: { total: number; free: number };
-  memory: { total: number | null; free: number | null };
-  gpus: { total: number; free: number };
+export interface Isolation {
+  default: string;
+  kinds: { kind: string; is_given: boolean; notes: string[] }[];
+  not_offered: { service: string; reason: string }[];
 }
-
-export interface IsolationKind { kind: string; available: boolean; missing?: string | null }
 
 export interface Agent {
   name: string; id: string; version: string | null; services: string[] | null;
   slots: number; busy: number; jobs: number[]; is_connected: boolean; is_drained: boolean;
   heartbeat_age: number | null; load: number | null; connected_since: string | null;
   address: string | null; lease_left: number | null;
-  resources?: AgentResources | null; isolation?: unknown; set_aside?: string | null;
+  resources?: { total: Resources; free: Resources }; isolation?: Isolation;
+  problem?: string | null; set_aside?: string | null;
 }
 
 export interface Service {
   name: string; is_configured: boolean; runs_per_user: number | null; max_runs: number | null;
   timeout: number | null; active: number; queued: number; agents: string[];
   median_wait: number | null; median_run: number | null;
-  resources?: Resources; isolation?: string;
+  resources?: Resources | null; max_resources?: Resources | null; isolation?: string | null;
 }
 
 export interface StatsPoint {

@@ -47,23 +47,28 @@ function list(rows) {
     value === null ? [] : [h('dt', {}, name), h('dd', {}, ...value)]));
 }
 
-/** @param {JobDetails} job */
+/**
+ * What the job asked for and what it used, as far as that is known.
+ * @param {JobDetails} job
+ */
 function resources({ resources: asked, usage: used }) {
   if (!asked) return null;
-  const cell = (/** @type {string | null} */ text) => h('td', {}, text ?? '–');
   const wall = used?.wall_seconds;
-  const cpus = used?.cpu_seconds !== null && used?.cpu_seconds !== undefined && wall
-    ? `${(used.cpu_seconds / wall).toFixed(1)} on average` : null;
-  const memory = used?.peak_memory;
+  const cpu = used?.cpu_seconds ?? null;
+  const memory = used?.peak_memory ?? null;
+  /** @type {[string, string | null, string | null][]} */
+  const rows = [
+    ['CPUs', String(asked.cpus), cpu !== null && wall ? `${(cpu / wall).toFixed(1)} on average` : null],
+    ['Memory', asked.memory === null ? null : bytes(asked.memory),
+      memory === null ? null : `${bytes(memory)} at most`],
+    ['GPUs', asked.gpus > 0 ? String(asked.gpus) : null, null],
+    ['CPU time', null, cpu === null ? null : duration(cpu)],
+  ];
+  const shown = rows.filter(([, one, other]) => one !== null || other !== null);
   return h('table', { class: 'resources' },
     h('caption', {}, 'Resources'),
-    h('thead', {}, h('tr', {}, h('td', {}), h('th', { scope: 'col' }, 'asked'), h('th', { scope: 'col' }, 'used'))),
-    h('tbody', {},
-      h('tr', {}, h('th', { scope: 'row' }, 'CPUs'), cell(String(asked.cpus)), cell(cpus)),
-      h('tr', {}, h('th', { scope: 'row' }, 'Memory'),
-        cell(asked.memory === null ? null : bytes(asked.memory)),
-        cell(memory === null || memory === undefined ? null : `${bytes(memory)} at most`)),
-      asked.gpus > 0 && h('tr', {}, h('th', { scope: 'row' }, 'GPUs'), cell(String(asked.gpus)), cell(null)),
-      h('tr', {}, h('th', { scope: 'row' }, 'CPU time'), cell(null),
-        cell(used?.cpu_seconds === null || used?.cpu_seconds === undefined ? null : duration(used.cpu_seconds)))));
+    h('thead', {}, h('tr', {}, h('td', {}),
+      h('th', { scope: 'col' }, 'asked'), h('th', { scope: 'col' }, 'used'))),
+    h('tbody', {}, ...shown.map(([name, one, other]) => h('tr', {},
+      h('th', { scope: 'row' }, name), h('td', {}, one ?? '–'), h('td', {}, other ?? '–')))));
 }

@@ -16,6 +16,7 @@ const STEP = 5;
 const MAX_FINDS = 20_000;
 const REST = 5; // how much longer than it draws the view lets others work
 const HIDDEN_MS = 250;
+const MAX_PAUSE_MS = 500;
 const CLOCK = new Intl.DateTimeFormat('en-GB', {
   hour: '2-digit', minute: '2-digit', second: '2-digit', fractionalSecondDigits: 1,
 });
@@ -59,7 +60,7 @@ export class LogView {
       this._isDrawing = false;
       const before = performance.now();
       this._refresh();
-      this._pause = Math.max(16, (performance.now() - before) * REST);
+      this._pause = Math.min(Math.max(16, (performance.now() - before) * REST), MAX_PAUSE_MS);
     }, document.hidden ? HIDDEN_MS : this._pause);
   }
 

@@ -49,6 +49,7 @@ export function open(app, _address, signal) {
  * @param {() => void} load
  */
 function draw(app, list, agents, load) {
+  const open = new Set([...list.querySelectorAll('details[open]')].map(cardName));
   const focused = document.activeElement?.getAttribute('data-focus');
   if (agents.length === 0) {
     fill(list, empty('No agent is connected',
@@ -57,8 +58,14 @@ function draw(app, list, agents, load) {
     return;
   }
   fill(list, ...agents.map((agent) => card(app, agent, load)));
+  for (const details of list.querySelectorAll('details')) details.open = open.has(cardName(details));
   if (!focused) return;
   /** @type {HTMLElement | null} */ (list.querySelector(`[data-focus="${CSS.escape(focused)}"]`))?.focus();
+}
+
+/** @param {Element} element */
+function cardName(element) {
+  return element.closest('article')?.getAttribute('aria-label');
 }
 
 /**
@@ -70,9 +77,9 @@ function card(app, agent, load) {
   return h('article', { class: 'agent card', 'aria-label': agent.name },
     h('header', {}, h('h2', {}, agent.name), condition(agent), h('span', { class: 'spring' }),
       app.access.may('admin') && drainButton(app, agent, load)),
-    agent.set_aside && h('p', { class: 'agent-aside' }, icon('warning'), `Set aside: ${agent.set_aside}`),
+    ...warnings(agent),
     h('div', { class: 'gauges' },
-      gauge('Slots', agent.busy, agent.slots, (value) => count(value)),
+      gauge('Slots', agent.busy, agent.slots, count),
       ...gaugesOf(agent)),
     h('dl', { class: 'facts' }, ...pairs([
       ['Load', agent.load === null ? null : [agent.load.toFixed(2)]],
@@ -83,7 +90,8 @@ function card(app, agent, load) {
       ['Connected', agent.connected_since === null ? null : [ago(agent.connected_since)]],
       ['Heard', agent.heartbeat_age === null ? null : [`${duration(agent.heartbeat_age)} ago`]],
       ['Jobs', jobs(agent)],
-    ])));
+    ])),
+    notes(agent));
 }
 
 /** @param {Agent} agent */
@@ -122,11 +130,11 @@ function drainButton(app, agent, load) {
 /** @param {Agent} agent */
 function gaugesOf({ resources }) {
   if (!resources) return [];
-  const { cpus, memory, gpus } = resources;
+  const { total, free } = resources;
   return [
-    cpus && gauge('CPUs', cpus.total - cpus.free, cpus.total, (value) => String(Math.round(value * 10) / 10)),
-    memory?.total && gauge('Memory', memory.total - (memory.free ?? 0), memory.total, bytes),
-    gpus && gpus.total > 0 && gauge('GPUs', gpus.total - gpus.free, gpus.total, (value) => count(value)),
+    gauge('CPUs', total.cpus - free.cpus, total.cpus, (value) => String(Math.round(value * 10) / 10)),
+    total.memory && gauge('Memory', total.memory - (free.memory ?? 0), total.memory, bytes),
+    total.gpus > 0 && gauge('GPUs', total.gpus - free.gpus, total.gpus, count),
   ];
 }
 
@@ -144,16 +152,37 @@ function gauge(name, used, total, format) {
 }
 
 /**
+ * What keeps jobs from what is not theirs, and where that falls short.
  * @param {Agent} agent
  * @returns {Child[] | null}
  */
-function isolation({ isolation: kinds }) {
-  if (!kinds) return null;
-  if (Array.isArray(kinds)) return [kinds.map(String).join(', ') || 'none'];
-  if (typeof kinds !== 'object') return [String(kinds)];
-  return Object.entries(kinds).map(([kind, missing]) => h('span', {
-    class: 'chip', 'data-level': missing ? 'warn' : 'good', title: missing ? String(missing) : 'can be given',
-  }, missing ? `${kind}: no` : kind));
+function isolation({ isolation: given }) {
+  if (!given) return null;
+  return [
+    ...given.kinds.map(({ kind, is_given: isGiven }) => h('span', {
+      class: 'chip', 'data-level': isGiven ? 'good' : 'none',
+    }, isGiven ? kind : `no ${kind}`, kind === given.default && ', the default')),
+    given.default === 'none' && h('span', { class: 'chip', 'data-level': 'warn' }, 'none by default'),
+  ];
+}
+
+/** @param {Agent} agent */
+function notes({ isolation: given }) {
+  const words = (given?.kinds ?? []).flatMap(({ kind, notes: said }) =>
+    said.map((note) => h('li', {}, h('strong', {}, kind), ` ${note}`)));
+  if (words.length === 0) return null;
+  return h('details', { class: 'agent-notes' },
+    h('summary', {}, 'What isolation leaves open, or lacks'), h('ul', {}, ...words));
+}
+
+/** @param {Agent} agent */
+function warnings(agent) {
+  return [
+    agent.set_aside ? `Set aside: ${agent.set_aside}` : '',
+    agent.problem ?? '',
+    ...(agent.isolation?.not_offered ?? []).map(({ service, reason }) =>
+      `Does not offer ${service}: ${reason}`),
+  ].filter(Boolean).map((text) => h('p', { class: 'agent-aside' }, icon('warning'), text));
 }
 
 /**

@@ -97,6 +97,10 @@ function ofAgent(agent) {
     return [{ ...place, key: `aside-${agent.id}`, level: 'bad',
       text: `${agent.name} is set aside: ${agent.set_aside}` }];
   }
+  if (agent.problem) {
+    return [{ ...place, key: `problem-${agent.id}`, level: 'bad',
+      text: `${agent.name} starts no jobs: ${agent.problem}` }];
+  }
   if (!agent.is_connected && agent.busy > 0) {
     const left = agent.lease_left === null ? '' : `; they go to others in ${duration(agent.lease_left)}`;
     return [{ ...place, key: `away-${agent.id}`, level: 'bad',

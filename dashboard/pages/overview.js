@@ -214,14 +214,13 @@ function makeAgentRow(agent) {
 function updateAgentRow(row, agent) {
   setMeter(/** @type {HTMLElement} */ (row.children[1]), agent.busy, agent.slots);
   setText(row.children[2], `${agent.busy} of ${agent.slots}`);
+  const { total, free } = agent.resources ?? {};
   const words = [
     agent.is_connected ? '' : 'away',
     agent.is_drained ? 'drained' : '',
     agent.load === null ? '' : `load ${agent.load.toFixed(1)}`,
-    agent.resources?.memory?.total
-      ? `${bytes(agent.resources.memory.free ?? 0)} free of ${bytes(agent.resources.memory.total)}` : '',
-    agent.resources?.gpus?.total
-      ? `${agent.resources.gpus.free} of ${counted(agent.resources.gpus.total, 'GPU')} free` : '',
+    total?.memory ? `${bytes(free?.memory ?? 0)} of ${bytes(total.memory)} free` : '',
+    total?.gpus ? `${free?.gpus ?? 0} of ${counted(total.gpus, 'GPU')} free` : '',
   ];
   setText(row.children[3], words.filter(Boolean).join(' · '));
 }

@@ -18,6 +18,7 @@ const SCRIPT = 'run.sh';
 const FIRST_SCRIPT = '# What the job does; its files lie beside this script.\n'
   + 'set -eu\n\necho "hello from $(hostname)"\n';
 const MAX_BYTES = 400 * 2 ** 20;
+const MAX_SAID_BYTES = 2 ** 45; // a limit above is none
 const MAX_EDITED_BYTES = 256 * 1024;
 const SHOWN_FILES = 100;
 const USER_KEY = 'orchestrator.user';
@@ -274,7 +275,26 @@ class SubmitForm {
       service.agents.length === 0 ? 'no agent offers it now' : '',
       service.median_run === null ? '' : `runs ${duration(service.median_run)} in the median`,
     ];
+    this._drawLimits(service);
     setText(/** @type {HTMLElement} */ (this._serviceHint), `${words.filter(Boolean).join(', ')}.`);
+  }
+
+  /**
+   * Say beside the fields what a job gets that asks for nothing, and what it may ask for.
+   * @param {Service | undefined} service
+   */
+  _drawLimits(service) {
+    const { resources: usual, max_resources: most } = service ?? {};
+    const limits = /** @type {[HTMLInputElement | undefined, string, string][]} */ ([
+      [this._cpus, usual ? String(usual.cpus) : '', most ? String(most.cpus) : ''],
+      [this._memory, usual?.memory ? bytes(usual.memory) : 'no limit',
+        most?.memory && most.memory < MAX_SAID_BYTES ? bytes(most.memory) : ''],
+      [this._gpus, usual ? String(usual.gpus) : '', most ? String(most.gpus) : ''],
+    ]);
+    for (const [input, asked, limit] of limits) {
+      const hint = input?.parentElement?.querySelector('.hint');
+      if (hint) setText(hint, usual ? `${asked} if empty${limit ? `, at most ${limit}` : ''}.` : '');
+    }
   }
 
   // --- sending
