@@ -21,6 +21,7 @@ from bench.command_line import command
 from bench.dashboards import dashboards
 from bench.fleet import agents
 from bench.idle import idle
+from bench.isolation import isolation
 from bench.measure import Figure
 from bench.polling import poll
 from bench.processes import Stage, stage
@@ -33,6 +34,7 @@ Benchmark = Callable[[Stage, Scale], Awaitable[list[Figure]]]
 BENCHMARKS: Mapping[str, Benchmark] = {
     "latency": latency,
     "throughput": throughput,
+    "isolation": isolation,
     "upload": upload,
     "download": download,
     "results": results,

@@ -37,6 +37,12 @@ _SERVICE_SETTINGS = {
     "SERVICE_EXAMPLE_MAX_RUNS": "100000",
     # for jobs that are to wait for ever: no agent here offers it
     "SERVICE_PARKED_MAX_RUNS": "100000",
+    # the same job with other isolations; "example" has what is the default
+    "SERVICE_PLAIN_ISOLATION": "none",
+    "SERVICE_BUBBLEWRAP_ISOLATION": "bubblewrap",
+    "SERVICE_PODMAN_ISOLATION": "podman",
+    "SERVICE_PODMAN_NETWORK": "false",
+    "SERVICE_PODMAN_IMAGE": "localhost/orchestrator-bench",
 }
 
 
@@ -199,12 +205,14 @@ class Stage:
         await server.start()
         return server
 
-    async def agent(self, server: Server, slots: int, name: str = "agent") -> Child:
+    async def agent(
+        self, server: Server, slots: int, name: str = "agent", options: Sequence[str] = ()
+    ) -> Child:
         """Start a real agent; returns when it is connected."""
         command = (
             *(sys.executable, "orchestrator.py", "agent", "--server", server.url, "--name", name),
             *("--slots", str(slots), "--services", "example"),
-            *("--workdir", str(self.directory / f"{name}.work")),
+            *("--workdir", str(self.directory / f"{name}.work"), *options),
         )
         agent = await self._start(Child(self, name, command))
         deadline = time.monotonic() + _START_SECONDS

@@ -13,14 +13,9 @@ from collections.abc import Iterator
 
 from agent.isolation import ruleset, seccomp
 from agent.isolation.base import Confinement, Enclosure
-from agent.isolation.reach import Reach, gpu_devices, is_within, real_paths
+from agent.isolation.reach import OF_RUN, Reach, gpu_devices, is_within, real_paths
 
 _PROGRAM = "bwrap"
-_NAME_SERVICE = (
-    *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
-    *("/run/nscd", "/run/current-system"),
-)
-"""What of /run a job needs: how names are looked up, and where NixOS has its programs."""
 
 
 def problem() -> str | None:
@@ -57,7 +52,7 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
     if confinement.allotment.gpus is None or confinement.allotment.gpus:
         for device in gpu_devices():
             argv += ["--dev-bind-try", device, device]
-    for path in (*_NAME_SERVICE, *real_paths(isolation.readable)):
+    for path in (*OF_RUN, *real_paths(isolation.readable)):
         argv += ["--ro-bind-try", path, path]
     for path in real_paths(isolation.writable):
         argv += ["--bind", path, path]
@@ -79,7 +74,7 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
 
 def _system(reach: Reach) -> Iterator[str]:
     """Yield the options that bind all that is not hidden, read-only."""
-    hidden = (*reach.secret, *reach.hidden, *reach.homes, "/run", "/proc")
+    hidden = (*reach.secret, *reach.hidden, *reach.homes, "/proc")
     for path, kind in sorted(ruleset.everything_but(hidden, (), ())):
         if kind == stat.S_IFLNK:
             yield from ("--symlink", os.readlink(path), path)

@@ -175,14 +175,16 @@ class Isolator:
         if problem := self.problem_with(isolation):
             raise CannotIsolate(problem)
         user = self._user_of(place)
-        place.temporary.mkdir(mode=0o700, exist_ok=True)
+        resolved = self._resolved(isolation)
+        if user is not None or resolved.kind is not IsolationKind.NONE:
+            place.temporary.mkdir(mode=0o700, exist_ok=True)
         if user is not None:
             hand_over(place, user)
-        else:
+        elif resolved.kind is IsolationKind.LANDLOCK:
             for path in place.logs:  # a rule names a file, not where one will be
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
         confinement = Confinement(
-            self._resolved(isolation),
+            resolved,
             place,
             tuple(argv),
             user,

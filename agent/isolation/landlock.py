@@ -10,6 +10,7 @@ import os
 from agent.isolation import ruleset, seccomp
 from agent.isolation.base import Confinement, Enclosure
 from agent.isolation.reach import (
+    OF_RUN,
     SHARED_MEMORY,
     SOFTWARE,
     Reach,
@@ -59,7 +60,7 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
         "hidden": [*reach.secret, *reach.hidden],
         "homes": list(reach.homes),
         "software": list(SOFTWARE),
-        "readable": real_paths(isolation.readable),
+        "readable": [*OF_RUN, *real_paths(isolation.readable)],
         "writable": [*real_paths(isolation.writable), str(place.job), str(place.temporary)],
         "shared_memory": [SHARED_MEMORY],
         "devices": [*devices(), *(gpu_devices() if gpus is None or gpus else [])],

@@ -30,8 +30,14 @@ _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts")
 _GPU_DIRECTORIES = ("dri", "kfd", "dxg", "infiniband")
 _ALWAYS_HIDDEN = (
     *("/tmp", "/var/tmp", "/dev", "/home", "/root"),
-    *("/run/user", "/run/secrets", "/run/credentials"),
+    "/run",
 )
+OF_RUN = (
+    *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
+    *("/run/nscd", "/run/current-system", "/run/opengl-driver"),
+)
+"""What of /run a job needs: how names are looked up, and where NixOS has its programs."""
+
 _NEEDED = ("/usr", "/etc", "/proc", "/dev")
 _FIRST_PERSON = 1000  # from here on, accounts are people's
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import stat
 import struct
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from agent.isolation.system_calls import (
     LANDLOCK_ADD_RULE,
     LANDLOCK_CREATE_RULESET,
     LANDLOCK_RESTRICT_SELF,
+    landlock_add_rule,
     system_call,
 )
 
@@ -72,19 +74,62 @@ def restrict(policy: dict[str, list[str]], without_network: bool) -> None:
     network = _BIND_TCP | _CONNECT_TCP if without_network and version >= NETWORK_ABI else 0
     ruleset = _new_ruleset(handled, network, version)
     try:
-        hidden, homes = policy["hidden"], policy["homes"]
-        _allow(ruleset, everything_but(hidden, homes, policy["software"]), _READING & handled)
-        for name, rights in (
-            ("readable", _READING),
-            ("writable", _WRITING),
-            ("shared_memory", _SHARED_MEMORY),
-            ("devices", _DEVICE),
-            ("logs", _LOG),
-        ):
-            _allow(ruleset, _present(policy[name]), rights & handled)
+        for descriptor, rights in _standing.of(policy):
+            _allow(ruleset, descriptor, rights & handled)
+        for name, rights in (("writable", _WRITING), ("logs", _LOG)):
+            for descriptor, allowed in _opened(_present(policy[name]), rights):
+                _allow(ruleset, descriptor, allowed & handled)
+                os.close(descriptor)
         _enforce(ruleset)
     finally:
         os.close(ruleset)
+
+
+class _Standing:
+    """What all jobs of a service may reach, opened once and kept for the next job.
+
+    To look for it again and to open it takes longer than all the rest. It is looked for again
+    when one of the directories that were listed has changed, or a mount has.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[list[str], ...] = ()
+        self._rules: list[tuple[int, int]] = []
+        self._listed: dict[str, tuple[int, int, int]] = {}
+        self._mounts: int | None = None
+        self._poll = select.poll()
+
+    def of(self, policy: dict[str, list[str]]) -> list[tuple[int, int]]:
+        """Return descriptors and the rights to what lies there."""
+        asked = tuple(policy[name] for name in _STANDING)
+        if self._has_changed() or asked != self._asked:
+            for descriptor, _ in self._rules:
+                os.close(descriptor)
+            self._asked, self._rules, self._listed = (), [], {}
+            self._rules = list(self._open(policy))
+            self._asked = asked
+        return self._rules
+
+    def _open(self, policy: dict[str, list[str]]) -> Iterator[tuple[int, int]]:
+        hidden, homes, software = (policy[name] for name in ("hidden", "homes", "software"))
+        everything = everything_but(hidden, homes, software, self._listed)
+        yield from _opened(everything, _READING)
+        yield from _opened(_present(policy["readable"]), _READING)
+        yield from _opened(_present(policy["shared_memory"]), _SHARED_MEMORY)
+        yield from _opened(_present(policy["devices"]), _DEVICE)
+
+    def _has_changed(self) -> bool:
+        if self._mounts is None:
+            self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            self._poll.register(self._mounts, select.POLLPRI)
+        # proc_pid_mountinfo(5): an exceptional condition is a mount that came or went
+        return bool(self._poll.poll(0)) or any(
+            _state_of(path) != state for path, state in self._listed.items()
+        )
+
+
+_STANDING = ("hidden", "homes", "software", "readable", "shared_memory", "devices")
+_standing = _Standing()
 
 
 def restrict_scope() -> None:
@@ -103,7 +148,10 @@ def restrict_scope() -> None:
 
 
 def everything_but(
-    hidden: Iterable[str], homes: Iterable[str], software: Iterable[str]
+    hidden: Iterable[str],
+    homes: Iterable[str],
+    software: Iterable[str],
+    listed: dict[str, tuple[int, int, int]] | None = None,
 ) -> Iterator[tuple[str, int]]:
     """Yield what together is the whole file system without what is ``hidden``.
 
@@ -111,12 +159,15 @@ def everything_but(
     directories ``homes`` are shown also where they lie in something hidden. In them, entries
     whose names begin with a dot are left out, as that is where secrets lie, except what
     ``software`` names (``.local/bin``, say). All paths must be absolute and without links. What
-    a link leads to is there on its own account, or is not.
+    a link leads to is there on its own account, or is not. The directories that had to be listed
+    are noted in ``listed``, with the state in which they were.
     """
+    noted = {} if listed is None else listed
     concealed, dotted = frozenset(hidden), frozenset(homes)
     above = _parents(concealed | dotted)
     pending = list(_present(f"{home}/{name}" for home in dotted for name in software))
     for home in dotted - concealed:
+        noted[home] = _state_of(home)
         pending += _below(home, may_be_dotted=False)
     pending.append(("/", stat.S_IFDIR))
     while pending:
@@ -124,6 +175,7 @@ def everything_but(
         if path in concealed or path in dotted:
             continue
         if path in above and kind == stat.S_IFDIR:
+            noted[path] = _state_of(path)
             pending += _below(path, may_be_dotted=True)
         else:
             yield path, kind
@@ -141,6 +193,15 @@ def _below(directory: str, may_be_dotted: bool) -> list[tuple[str, int]]:
             ]
     except OSError:
         return []  # who may not list it gets nothing of it
+
+
+def _state_of(directory: str) -> tuple[int, int, int]:
+    """Return what is different when something came to a directory, left it, or took its place."""
+    try:
+        status = os.stat(directory)
+    except OSError:
+        return 0, 0, 0
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _type_of(entry: os.DirEntry[str]) -> int:
@@ -176,21 +237,22 @@ def _new_ruleset(handled: int, network: int, version: int) -> int:
     )
 
 
-def _allow(ruleset: int, paths: Iterable[tuple[str, int]], rights: int) -> None:
-    fd, kind, flags = ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH), ctypes.c_uint32(0)
+def _opened(paths: Iterable[tuple[str, int]], rights: int) -> Iterator[tuple[int, int]]:
+    """Open what is there, links apart, and say which of the rights fit it."""
     for path, type_ in paths:
         if type_ == stat.S_IFLNK:
             continue
-        allowed = rights if type_ == stat.S_IFDIR else rights & _FILE_RIGHTS
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             continue  # gone meanwhile, or out of this user's reach anyway
-        try:
-            rule = _PATH_BENEATH.pack(allowed, descriptor)
-            system_call(LANDLOCK_ADD_RULE, fd, kind, rule, flags)
-        finally:
-            os.close(descriptor)
+        yield descriptor, rights if type_ == stat.S_IFDIR else rights & _FILE_RIGHTS
+
+
+def _allow(ruleset: int, descriptor: int, rights: int) -> None:
+    rule = _PATH_BENEATH.pack(rights, descriptor)
+    if landlock_add_rule(LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0) != 0:
+        raise OSError(ctypes.get_errno(), "landlock_add_rule")
 
 
 def _enforce(ruleset: int) -> None:

@@ -12,6 +12,13 @@ import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+landlock_add_rule = ctypes.CDLL(None, use_errno=True).syscall
+"""The same function, its types declared, which is faster: number, ruleset, type, rule, flags."""
+
+landlock_add_rule.restype = ctypes.c_long
+landlock_add_rule.argtypes = [
+    *(ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 _NUMBERS: dict[str, dict[str, int]] = {
