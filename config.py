@@ -279,6 +279,9 @@ class ServiceLimits:
         "the command line that `wrapper` puts before `bash run.sh`, with `{directory}`, `{cpus}`,"
         " `{memory}`, `{gpus}`",
     )
+    slurm_options: tuple[str, ...] = _row(
+        (), _command, "options of sbatch for its jobs where an agent hands them to Slurm"
+    )
 
     def needs(self, cpus: int | None, memory: int | None, gpus: int | None) -> Resources:
         """Return what a job gets that asks for this; None for what it does not ask for."""

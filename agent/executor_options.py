@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from agent.executors.base import Executor
 from agent.executors.local import LocalExecutor
-from agent.executors.slurm import FILE_SYSTEM_SECONDS, SlurmExecutor, SlurmSettings
+from agent.executors.slurm import SlurmExecutor
 from agent.executors.slurm_commands import SlurmCommands
+from agent.executors.slurm_host import FILE_SYSTEM_SECONDS, SlurmSettings, SubmitHost
 from agent.executors.slurm_submission import checked_options
-from agent.isolation.base import PREPARING_MODULE
 from agent.isolation.choice import Isolator
 from agent.resource_options import machine_of
 from agent.resources import Machine, detected_cpus
@@ -89,7 +89,10 @@ def executor_of(
         python=options.slurm_python,
         file_system_seconds=options.slurm_file_system,
     )
-    return SlurmExecutor(settings.workdir, commands, slurm_settings, PREPARING_MODULE)
+    if settings.isolation.users is not None:
+        raise ConfigError("--job-user: jobs in Slurm run as the user who submits them")
+    isolator = Isolator(settings.workdir, settings.isolation, inherited_environment(environment))
+    return SlurmExecutor(SubmitHost(settings.workdir, commands, slurm_settings, isolator))
 
 
 def _local_executor(

@@ -141,6 +141,7 @@ class Connection:
                 files=tuple(file.spec for file in assignment.files),
                 resources=assignment.demand.resources,
                 isolation=limits.asked_isolation(),
+                slurm_options=limits.slurm_options,
             )
         )
         self.send_input(attempt.id, assignment.files, 0, assignment.content)

@@ -193,6 +193,7 @@ class Assign:
     files: tuple[FileSpec, ...]
     resources: Resources = DEFAULT_RESOURCES
     isolation: Isolation = DEFAULT_ISOLATION
+    slurm_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,12 @@ def checked_options(text: str) -> tuple[str, ...]:
         words = shlex.split(text)
     except ValueError as error:
         raise ConfigError(f"the Slurm options {text!r} can't be read: {error}") from None
+    return checked_words(words)
+
+
+def checked_words(words: Sequence[str]) -> tuple[str, ...]:
+    """Return an operator's options for sbatch. Raises :class:`ConfigError` for what can't be."""
+    text = shlex.join(words)
     for word in words:
         if not word.startswith("-") or word in ("-", "--"):
             raise ConfigError(

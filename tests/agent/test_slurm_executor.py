@@ -21,7 +21,7 @@ from tests.slurm_cluster import NODE, SlurmCluster, StandIn
 @pytest.fixture
 async def slurm_server(tmp_path: Path) -> AsyncIterator[Server]:
     """A server without an agent of its own."""
-    environment = {"KILL_GRACE": "2", "MAX_ATTEMPTS": "2", "LEASE": "6"}
+    environment = {"KILL_GRACE": "2", "MAX_ATTEMPTS": "2", "LEASE": "60"}
     async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
         yield server
 
