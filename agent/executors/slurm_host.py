@@ -13,6 +13,7 @@ from agent.executors.slurm_commands import SlurmCommands
 from agent.executors.slurm_watch import SlurmWatch
 from agent.isolation.base import Allotment, CannotIsolate, Place
 from agent.isolation.choice import Isolator
+from agent.job_environment import gpu_variables
 from agent.outcomes import JobLost
 
 _SUBMISSIONS_AT_A_TIME = 4
@@ -58,7 +59,7 @@ class SubmitHost:
                 directory.assign.isolation,
                 Place(directory.path),
                 command.argv,
-                command.variables,
+                command.variables if needs.gpus else {**command.variables, **gpu_variables(())},
                 Allotment(needs.cpus, needs.memory or None),
             )
         except CannotIsolate as error:

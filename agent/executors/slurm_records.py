@@ -19,6 +19,7 @@ from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.slurm")
 
+_SETTLE_SECONDS = 0.5  # between two processes of a job that hear of its end from Slurm
 _NAME, _NUMBER, _CLAIM = "slurm-name", "slurm-id", "slurm-claim"
 
 
@@ -86,6 +87,8 @@ class SlurmRecords:
             command.grace_seconds,
             command.argv,
             command.preparation,
+            command.resources.memory or None,
+            settle_seconds=_SETTLE_SECONDS,
         )
         unfinished = self.path / "order.new"
         unfinished.write_bytes(request.encode())

@@ -35,7 +35,8 @@ class LaunchRequest:
 
     ``preparation`` is what the launcher's ``preparing`` module is called with, in a thread that
     then starts the program; None if there is nothing to prepare. ``memory_bytes`` None means no
-    limit, no ``cores`` all of them.
+    limit, no ``cores`` all of them. When a job has ended badly, ``settle_seconds`` pass for the
+    supervisor to hear that all processes were told to end.
     """
 
     directory: Path
@@ -46,6 +47,7 @@ class LaunchRequest:
     preparation: Mapping[str, object] | None = None
     memory_bytes: int | None = None
     cores: Sequence[int] = ()
+    settle_seconds: float = 0.0
 
     def encode(self) -> bytes:
         """Return the packet that a supervisor understands."""
@@ -58,6 +60,7 @@ class LaunchRequest:
             "preparation": self.preparation,
             "memory": self.memory_bytes,
             "cores": list(self.cores) or None,
+            "settle": self.settle_seconds,
         }
         return json.dumps(order).encode()
 

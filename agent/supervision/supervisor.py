@@ -106,6 +106,8 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
         job = starter.start(prepare, order["preparation"])
     _tell(agent, _JOB_RUNS)
     record = _wait(job, deadline, usage) if job else {"kind": "exited", "code": _CANNOT_START}
+    if record.get("code") and _is_told_to_end(order["settle"]):
+        record = {"kind": _kind_when_told()}
     if record["kind"] in ("exited", "signalled"):
         # before the rest of the tree is ended: a crash from here on must not repeat the job
         _write_atomically("exit", record)
@@ -304,11 +306,23 @@ def _wait(job: int, deadline: float | None, usage: _Usage) -> dict[str, object]:
         if received is None:
             continue
         if received.si_signo == signal.SIGTERM:
-            # without the agent's mark the machine is shutting down: the job is lost, not killed
-            return {"kind": "killed" if os.path.lexists("kill") else "lost"}
+            return {"kind": _kind_when_told()}
         status = _reap(usage).get(job)
         if status is not None:
             return _record_of(status)
+
+
+def _is_told_to_end(seconds: float) -> bool:
+    """Whether SIGTERM comes within this time, as it may have come to the job before.
+
+    Who ends all processes of a job, as Slurm does, tells one after the other.
+    """
+    return seconds > 0 and signal.sigtimedwait({signal.SIGTERM}, seconds) is not None
+
+
+def _kind_when_told() -> str:
+    # without the agent's mark the machine is shutting down: the job is lost, not killed
+    return "killed" if os.path.lexists("kill") else "lost"
 
 
 def _record_of(status: int) -> dict[str, object]:

@@ -342,6 +342,37 @@ async def test_a_refusal_is_shown_and_the_job_is_not_asked_for_without_end(
     assert "invalid partition specified: nowhere" in ended["message"]
 
 
+_GREEDY = """
+squeue --noheader --jobs $SLURM_JOB_ID --format '%k %m %b'
+exec python3 -c 'import time; x = b"x" * (300 << 20); time.sleep(600)'
+"""
+
+
+async def test_memory_over_the_limit_and_the_options_of_a_service_hold_in_slurm(
+    tmp_path: Path, slurm: SlurmCluster
+) -> None:
+    environment = {
+        "SERVICE_EXAMPLE_MEMORY": "64M",
+        "SERVICE_EXAMPLE_SLURM_OPTIONS": "--comment=ours",
+        "SERVICE_OTHER_SLURM_OPTIONS": "--wrap=true",
+    }
+    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
+        agent = AgentProcess(server, "login")
+        await _start(agent, slurm)
+        job = await server.upload(_GREEDY)
+        misled = await server.upload("true", service="other")
+        ended = await server.wait(job, "Failed")
+        assert "more than its 64 MiB" in ended["message"].replace("MB", "MiB")
+        assert server.stored_result(job).read("stdout.log").split()[:2] == [b"ours", b"128M"]
+        usage = (await _details(server, job))["usage"]
+        assert usage["peak_memory"] > 64 << 20
+        assert usage["wall_seconds"] > 0
+        ended = await server.wait(misled, "Failed")
+        assert "the agent itself sets '--wrap=true'" in ended["message"]
+        await agent.kill()
+        slurm.cancel_all()
+
+
 _LATE = """#!/bin/sh
 # a file system that shows ten seconds later what was written: the job runs in another directory
 attempt=$5
