@@ -122,8 +122,23 @@ def _open_directory(name: str, parent: int | None) -> int:
     try:
         return os.open(name, flags, dir_fd=parent)
     except PermissionError:
-        os.chmod(name, 0o700, dir_fd=parent)  # it is ours, only its mode forbids
+        _permit(name, parent, stat.S_IRWXU)  # it is ours, only its mode forbids
         return os.open(name, flags, dir_fd=parent)
+
+
+def _permit(name: str, parent: int | None, bits: int) -> None:
+    """Add to the mode of a file or directory, but of nothing that a link leads to.
+
+    By a descriptor, as chmod(2) follows links: a job could put one there at the last moment, to
+    something of the agent's user.
+    """
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            os.chmod(f"/proc/self/fd/{descriptor}", stat.S_IMODE(mode) | bits)
+    finally:
+        os.close(descriptor)
 
 
 def _printable(name: str) -> str:
@@ -159,7 +174,7 @@ def _open_file(entry: Entry) -> IO[bytes]:
         return os.fdopen(os.open(entry.name, flags, dir_fd=entry.directory), "rb", buffering=0)
     except PermissionError:
         # it is ours, only its mode forbids; the archive keeps that mode
-        os.chmod(entry.name, entry.status.st_mode | stat.S_IRUSR, dir_fd=entry.directory)
+        _permit(entry.name, entry.directory, stat.S_IRUSR)
         return os.fdopen(os.open(entry.name, flags, dir_fd=entry.directory), "rb", buffering=0)
 
 
@@ -216,7 +231,7 @@ def _empty_into(name: str, top: int, numbers: Iterator[int]) -> bool:
             if _unlink(child, directory):
                 continue
             # a directory that changes its parent must be writable itself
-            os.chmod(child, 0o700, dir_fd=directory)
+            _permit(child, directory, stat.S_IRWXU)
             os.rename(child, _free_name(top, numbers), src_dir_fd=directory, dst_dir_fd=top)
             has_moved = True
     finally:

@@ -139,3 +139,30 @@ async def test_a_deep_tree_and_many_files_grow_no_memory(tmp_path: Path) -> None
     assert int(grown) < 4 * 1024  # KiB
     with zipfile.ZipFile(tmp_path / "out.zip") as read:
         assert read.testzip() is None
+
+
+def test_a_link_that_takes_the_place_of_a_file_has_nothing_made_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job changes its file for a link just when the agent finds that it may not read it."""
+    secret = tmp_path / "secret"
+    secret.write_text("of the agent's user")
+    secret.chmod(0o400)
+    (tmp_path / "job").mkdir()
+    file = tmp_path / "job" / "file"
+    file.write_text("own")
+    file.chmod(0)
+    true_open = os.open
+
+    def open_too_late(path: str, flags: int, *rest: int, **more: int) -> int:
+        if path == "file" and not flags & os.O_PATH:
+            file.unlink(missing_ok=True)
+            file.symlink_to(secret)
+            raise PermissionError(13, "its mode forbids")
+        return true_open(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", open_too_late)
+    for entry in trees.walk(tmp_path / "job"):
+        with archive.new_zip(tmp_path / "result.zip") as writer:
+            assert not trees.add_entry(writer, entry)
+    assert secret.stat().st_mode & 0o777 == 0o400
