@@ -11,18 +11,20 @@ import json
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import aiohttp
 import psutil
 
 from jobs import JobState
-from tests.harness import AgentProcess, Server, curl, eventually
+from tests.harness import AgentProcess, Server, curl, eventually, lines
 from wire import codec, messages
 from wire.frames import CHUNK_BYTES, encode_frame
 
 NewAgent = Callable[[str], AgentProcess]
 
 _CONNECTIONS = 150
+_HONEST_WAY = ("Queued", "Processing", "Submitted", "Running", "Completed")
 _INTEGERS = (-1, 0, 1, 2, 7, 255, 2**31, 2**63 - 1, 2**63, 2**64, 10**40)
 _VALUES: tuple[object, ...] = (
     *_INTEGERS,
@@ -45,6 +47,7 @@ class Stranger:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.known_id: str | None = None  # of an agent that is not this one
 
     def hello(self) -> str:
         name = f"fuzz{self.random.randrange(5)}"
@@ -52,6 +55,8 @@ class Stranger:
         hello = messages.Hello(
             messages.PROTOCOL_VERSION, name, str(self.random.random()), name, "0", slots, None, ()
         )
+        if self.known_id is not None and self.random.random() < 0.2:
+            hello = dataclasses.replace(hello, agent_id=self.known_id)
         if self.random.random() < 0.5:
             held = messages.HeldAttempt(
                 self._small(), self._small(), self._phase(), self.random.choice((0, 1, 2**40))
@@ -131,12 +136,22 @@ async def _visit(session: aiohttp.ClientSession, url: str, frames: list[str | by
                 assert message.extra, "the server says why"
 
 
-async def test_no_frame_ends_the_server_or_leaves_anything_behind(
-    bare_server: Server, new_agent: NewAgent
+async def test_no_frame_ends_the_server_touches_jobs_of_others_or_leaves_anything_behind(
+    bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:
     seed = int(os.environ.get("FAULT_SEED") or random.randrange(2**32))
     stranger = Stranger(seed)
     data = {"data": b"x" * 600_000}
+    witness, go = tmp_path / "witness", tmp_path / "go"
+    script = f"echo $ORCHESTRATOR_JOB_ID >> {witness}; while [ ! -e {go} ]; do sleep 0.05; done"
+    script += "; echo $ORCHESTRATOR_JOB_ID > out"
+    victim = new_agent("victim")
+    await victim.start("--slots", "4")
+    honest = [await bare_server.upload(script, user=10 + number) for number in range(4)]
+    for job_id in honest:
+        await bare_server.wait(job_id, "Running")
+    seen = (await curl(f"{bare_server.url}/agents")).json()["agents"]
+    stranger.known_id = seen[0]["id"]
     jobs = [await bare_server.upload("echo done > out", data, user=user) for user in range(3)]
     try:
         async with aiohttp.ClientSession(headers=bare_server.agent_headers()) as session:
@@ -150,9 +165,14 @@ async def test_no_frame_ends_the_server_or_leaves_anything_behind(
             assert sign_of_a_defect not in log, log[log.index(sign_of_a_defect) - 500 :][:3000]
         process = psutil.Process(bare_server.pid)
         await eventually(
-            lambda: not [c for c in process.net_connections() if c.status == "ESTABLISHED"],
-            "all connections are closed",
+            lambda: len([c for c in process.net_connections() if c.status == "ESTABLISHED"]) <= 1,
+            "all connections but the honest agent's are closed",
         )
+        go.touch()
+        for job_id in honest:
+            assert (await bare_server.result(job_id)).read("out") == f"{job_id}\n".encode()
+            assert bare_server.transitions(job_id) == list(_HONEST_WAY)
+        assert sorted(lines(witness)) == sorted(map(str, honest)), "each was started once"
         agent = new_agent("honest")
         await agent.start()
         job_id = await bare_server.upload("echo honest > out", user=9)
@@ -161,6 +181,8 @@ async def test_no_frame_ends_the_server_or_leaves_anything_behind(
             await bare_server.wait(other, seconds=40)
         blobs = "SELECT count(*) FROM blob WHERE state != 'sealed'"
         await eventually(lambda: bare_server.query(blobs) == [(0,)], "no bytes of strangers stay")
+        await bare_server.stop()
+        await bare_server.check()
     except BaseException as error:
         error.add_note(f"FAULT_SEED={seed}")
         raise

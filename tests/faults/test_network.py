@@ -78,7 +78,9 @@ async def test_a_connection_that_breaks_every_few_hundred_kilobytes_loses_no_byt
     archive = await bare_server.result(job_id, seconds=60)
     assert archive.read("twice") == content * 2
     assert proxy.connections > 10
-    assert bare_server.transitions(job_id).count("Processing") == 1
+    # its Assign may be lost on the way, and then it is sent again; what was whole is not
+    assert bare_server.transitions(job_id).count("Submitted") == 1
+    assert bare_server.transitions(job_id).count("Running") == 1
 
 
 async def test_a_slow_link_grows_no_memory_and_delays_no_one_else(
