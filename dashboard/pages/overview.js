@@ -54,7 +54,9 @@ class Overview {
     /** @type {Stats | null} */
     this._lastHour = null;
     this._drawSoon = paced(() => this._draw(), 250, signal);
-    this._tiles = new Tiles();
+    // what a token of one user is told of all users together is said to be that
+    const ofAll = app.access.userId === null ? '' : ', all users together';
+    this._tiles = new Tiles(ofAll);
     this._charts = new Charts();
     this._recent = new RecentJobs(app, signal);
     this._attention = h('ul', { class: 'attention' });
@@ -68,7 +70,7 @@ class Overview {
           && h('a', { class: 'button primary', href: href('submit') }, icon('submit'), 'Submit a job'))),
       this._problem,
       this._tiles.element,
-      h('div', { class: 'section-head' }, h('h2', {}, 'How it went'), this._periods),
+      h('div', { class: 'section-head' }, h('h2', {}, `How it went${ofAll}`), this._periods),
       this._charts.element,
       h('div', { class: 'columns' },
         h('section', { class: 'card list-card' },
@@ -227,7 +229,8 @@ function updateAgentRow(row, agent) {
 
 /** The numbers on top. */
 class Tiles {
-  constructor() {
+  /** @param {string} ofAll */
+  constructor(ofAll) {
     /** @type {Record<string, HTMLElement>} */
     this._numbers = {};
     const tile = (/** @type {string} */ name, /** @type {string} */ states, /** @type {string} */ hint) => {
@@ -243,7 +246,7 @@ class Tiles {
       tile('Starting', 'Processing,Submitted', 'Jobs on their way to an agent'),
       tile('Running', 'Running', 'Jobs that run'),
       h('div', { class: 'tile card wide', 'data-tile': 'Ended' },
-        h('span', { class: 'tile-name' }, 'Ended in the last hour'), this._ended, this._split));
+        h('span', { class: 'tile-name' }, `Ended in the last hour${ofAll}`), this._ended, this._split));
   }
 
   /**

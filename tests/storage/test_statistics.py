@@ -27,12 +27,15 @@ def totals(points: list[StatisticsPoint]) -> tuple[int, int, int, int]:
     )
 
 
-def put(path: Path, step: int, time: float, completed: int, service: str = "example") -> None:
-    """Write a row as the trigger and the folding do."""
+def put(path: Path, *rows: tuple[int, float, int, str]) -> None:
+    """Write rows of step, time, completed jobs and service, as the trigger and folding do."""
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute(
+        db.executemany(
             "INSERT INTO statistic VALUES (?, ?, ?, ?, ?, 0, 0, 0, 1, 2.0, 1, 4.0)",
-            (step, int(time), service, completed, completed),
+            [
+                (step, int(time), service, completed, completed)
+                for step, time, completed, service in rows
+            ],
         )
 
 
@@ -85,9 +88,9 @@ async def test_a_period_has_equal_steps_up_to_now(
 ) -> None:
     path = tmp_path / "a.db"
     async with opened(path) as store:
-        put(path, 60, NOW // 60 * 60, completed=3)
-        put(path, 60, NOW // 60 * 60, completed=4, service="other")
-        put(path, 60, (NOW - step * points) // step * step - 60, completed=100)
+        before = (NOW - step * points) // step * step - 60
+        now = NOW // 60 * 60
+        put(path, (60, now, 3, "example"), (60, now, 4, "other"), (60, before, 100, "example"))
         found = await store.statistics.of(period, NOW, None)
         assert len(found) == points
         assert {later.time - point.time for point, later in itertools.pairwise(found)} == {step}
@@ -100,10 +103,12 @@ async def test_old_minutes_become_hours_and_old_hours_go(tmp_path: Path) -> None
     path = tmp_path / "a.db"
     async with opened(path) as store:
         hour = NOW // 3600 * 3600
-        for minute in range(3 * 24 * 60):
-            put(path, 60, hour - minute * 60, completed=1)
-        put(path, 3600, hour - 2 * 24 * 3600, completed=5)
-        put(path, 3600, hour - 40 * 24 * 3600, completed=9)
+        put(
+            path,
+            *((60, hour - minute * 60, 1, "example") for minute in range(3 * 24 * 60)),
+            (3600, hour - 2 * 24 * 3600, 5, "example"),
+            (3600, hour - 40 * 24 * 3600, 9, "example"),
+        )
         before = await store.statistics.of(StatisticsPeriod.WEEK, NOW, None)
         await store.statistics.fold(NOW)
         await store.statistics.fold(NOW)
