@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import importlib
 import os
+import resource
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -53,6 +55,27 @@ def inherited_environment(own: Mapping[str, str]) -> dict[str, str]:
         for name, value in own.items()
         if name in PASSED_VARIABLES or name.startswith(PASSED_PREFIXES)
     }
+
+
+_FIRST_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files and connections as it may at all."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may have."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def lower_descriptor_limit_of(pid: int) -> None:
+    """Give a child the limit that this process was started with: select(2) ends at 1,024."""
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, _FIRST_LIMIT)
 
 
 def hide_variable(name: str) -> None:

@@ -17,6 +17,12 @@ from wire.codec import MAX_TEXT_BYTES
 log = logging.getLogger("orchestrator.api")
 
 
+_HANDSHAKE = (
+    *(hdrs.UPGRADE, hdrs.CONNECTION, hdrs.SEC_WEBSOCKET_VERSION, hdrs.SEC_WEBSOCKET_KEY),
+    *(hdrs.SEC_WEBSOCKET_PROTOCOL, hdrs.SEC_WEBSOCKET_EXTENSIONS),
+)
+
+
 class AgentChannelHandlers:
     """The handler of ``/agent``."""
 
@@ -29,6 +35,8 @@ class AgentChannelHandlers:
         if not self._is_agent_allowed(request):
             event(log, "agent_token_refused", level=logging.WARNING, address=request.remote)
             return error_answer(401, "a valid agent token is needed here")
+        if not all(request.headers.get(name, "").isascii() for name in _HANDSHAKE):
+            return error_answer(400, "the fields of a WebSocket's handshake are ASCII")
         channel = _AgentSocket(
             heartbeat=None, compress=False, max_msg_size=MAX_TEXT_BYTES, timeout=1.0
         )

@@ -8,12 +8,11 @@ from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 from api.access_log import note_route
 from api.agent_channel import AgentChannelHandlers
 from api.dashboard import DashboardHandlers
-from api.errors import answer_errors
+from api.errors import answer_errors, note_beginning
 from api.events import EventHandlers
 from api.files import FileHandlers
 from api.filters import FILTERS
-from api.form import ask_for_body
-from api.guard import refuse_strangers
+from api.guard import add_security_headers, refuse_expectations, refuse_strangers
 from api.jobs import JobHandlers
 from api.many import ManyJobsHandlers
 from api.operations import OperationHandlers
@@ -51,10 +50,14 @@ def make_application(
     table = routes(store, dispatcher, settings, agent_token, instruments or Instruments())
     policy = Policy(table)
     gate = TokenGate(store, policy, settings)
-    guards = [refuse_strangers(settings), gate.middleware(), refuse_unknown(policy)]
+    guards = [
+        *(refuse_strangers(settings), gate.middleware()),
+        *(refuse_unknown(policy), refuse_expectations),
+    ]
     application = web.Application(middlewares=[note_route, answer_errors, *guards])
     application.on_cleanup.append(gate.close)
-    application.on_response_prepare.append(_add_security_headers)
+    application.on_response_prepare.append(note_beginning)
+    application.on_response_prepare.append(add_security_headers)
     swagger = SwaggerFile(
         application,
         spec_file=str(data_file("openapi.yaml")),
@@ -69,7 +72,7 @@ def make_application(
         )
         for method in methods:
             swagger.add_route(
-                method, route.path, route.handler, expect_handler=route.expect_handler
+                method, route.path, route.handler, expect_handler=_ask_for_nothing_yet
             )
     return application
 
@@ -103,7 +106,7 @@ def routes(
         Route("GET", "/health", operations.health, None),
         # agents have a token of their own
         Route("GET", "/agent", agents.serve, None),
-        Route("POST", "/upload", submit.upload, submitting, _NONE, True, ask_for_body),
+        Route("POST", "/upload", submit.upload, submitting, _NONE, True),
         Route("GET", "/download/{id}", files.download, read, frozenset({"wait"})),
         Route("GET", "/download_partial/{id}", files.download_partial, read),
         Route("POST", "/terminate/{id}", jobs.terminate, submitting),
@@ -132,5 +135,5 @@ def routes(
     )
 
 
-async def _add_security_headers(_: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Content-Type-Options"] = "nosniff"
+async def _ask_for_nothing_yet(_: web.Request) -> None:
+    """For aiohttp, which asks for a body before anybody has looked at the token."""

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from aiohttp import hdrs, web
 
 from api.answers import error_answer
+from api.connection import break_off
 from api.routes import Handler, job_id_of
+from archive.reader import DamagedArchive
 from config import MAX_UPLOAD_BYTES
 from dispatch import AlreadyFinal
 from records import InputGone, KeyReused, NotEnded, QueueFull, StoreError, StoreFull
@@ -21,6 +23,7 @@ log = logging.getLogger("orchestrator.api")
 
 _UPLOAD_RETRY_SECONDS = 2
 _QUEUE_RETRY_SECONDS = 30
+_IS_BEGUN = "is_begun"
 _CLIENT_GONE = 499  # nginx's; nobody reads it but the log
 
 
@@ -87,6 +90,18 @@ class UploadTooLarge(ApiError):
         super().__init__(f"the request is larger than {MAX_UPLOAD_BYTES // 1024**2} MB")
 
 
+class UnsupportedMedia(ApiError):
+    """The request's body is in a form that is not understood."""
+
+    status = 415
+
+
+class ExpectationFailed(ApiError):
+    """The client expects what the server does not do (RFC 9110, 10.1.1)."""
+
+    status = 417
+
+
 class TooManyUploadsOfUser(ApiError):
     """As many uploads of this user as allowed are arriving."""
 
@@ -107,6 +122,7 @@ _STATUSES: Mapping[type[Exception], int] = {
     QueueFull: 429,
     StoreFull: 507,
     StoreError: 500,
+    DamagedArchive: 500,
 }
 """What is answered with its own message, and how; the first that fits counts."""
 
@@ -120,16 +136,28 @@ _RETRY_SECONDS: Mapping[type[Exception], int] = {
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every failure in the error shape."""
+    """Answer every failure in the error shape; one within an answer ends the connection.
+
+    What is written after the start of an answer is its body to the client, whatever it says.
+    """
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return _of_http_exception(request, error)
+        answer = _of_http_exception(request, error)
     except ConnectionError:
         # nobody reads this; aiohttp would log what is raised as an error
         return error_answer(_CLIENT_GONE, "the client is gone")
     except Exception as error:  # noqa: BLE001 - it is answered and, if unknown, logged
-        return _of_exception(request, error)
+        answer = _of_exception(request, error)
+    if request.get(_IS_BEGUN):
+        event(log, "answer_broken_off", level=logging.WARNING, path=request.path)
+        break_off(request)
+    return answer
+
+
+async def note_beginning(request: web.Request, _: web.StreamResponse) -> None:
+    """For aiohttp's signal before an answer is sent."""
+    request[_IS_BEGUN] = True
 
 
 def _of_exception(request: web.Request, error: Exception) -> web.Response:

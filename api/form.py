@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import aiohttp
-from aiohttp import web
+from aiohttp import hdrs, web
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 import jobs
@@ -51,12 +51,10 @@ class _Form:
     tags: dict[str, str] = field(default_factory=dict)
 
 
-async def ask_for_body(request: web.Request) -> web.StreamResponse | None:
-    """Ask for the body only if it may come (RFC 9110, 10.1.1); the handler refuses the rest."""
-    is_short_enough = (request.content_length or 0) <= MAX_UPLOAD_BYTES
-    if is_short_enough and request.transport is not None:
+def _ask_for_body(request: web.Request) -> None:
+    """Let the client send the body if it asked whether to (RFC 9110, 10.1.1)."""
+    if hdrs.EXPECT in request.headers and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    return None
 
 
 async def read_form(
@@ -64,10 +62,12 @@ async def read_form(
 ) -> JobRequest:
     """Read the whole request, its files into ``upload``; raises :class:`BadRequest`."""
     key = idempotency_key_of(request)
+    boundary = _boundary_of(request)
+    _ask_for_body(request)
     form = _Form(settings.max_files, admit)
     try:
         async with _progress_demanded(request, settings.upload_idle):
-            await _read_body(request, _PartReader(form, upload))
+            await _read_body(request, boundary, _PartReader(form, upload))
     except TimeoutError:
         raise ClientStalled(f"nothing came for {settings.upload_idle:g} s") from None
     except MultipartError:
@@ -77,9 +77,9 @@ async def read_form(
     return _job_request(form, key, settings.services)
 
 
-async def _read_body(request: web.Request, reader: _PartReader) -> None:
+async def _read_body(request: web.Request, boundary: str, reader: _PartReader) -> None:
     parser = PushMultipartParser(
-        _boundary_of(request),
+        boundary,
         max_header_size=_MAX_PART_HEADER_BYTES,
         max_header_count=_MAX_PART_HEADERS,
     )
@@ -99,7 +99,7 @@ async def _read_body(request: web.Request, reader: _PartReader) -> None:
 
 
 def _boundary_of(request: web.Request) -> str:
-    _, options = parse_options_header(request.headers[aiohttp.hdrs.CONTENT_TYPE])
+    _, options = parse_options_header(request.headers[hdrs.CONTENT_TYPE])
     boundary: str = options.get("boundary", "")
     if not 1 <= len(boundary) <= _MAX_BOUNDARY_CHARACTERS or not boundary.isascii():
         raise BadRequest("Content-Type: without a well-formed boundary")

@@ -12,7 +12,6 @@ from aiohttp import hdrs, web
 from records import Role
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
-ExpectHandler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 
 _DIGITS = re.compile(r"[0-9]{1,19}")
 _MAX_INTEGER = 2**63 - 1
@@ -34,7 +33,6 @@ class Route:
     role: Role | None
     query: frozenset[str] = frozenset()
     is_for_bound_tokens: bool = False
-    expect_handler: ExpectHandler | None = None
 
     @property
     def canonical(self) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from api.answers import job_answer
 from api.callers import check_user, user_restriction
@@ -18,6 +18,7 @@ from api.errors import (
     TooManyUploads,
     TooManyUploadsOfUser,
     UnknownJob,
+    UnsupportedMedia,
     UploadTooLarge,
 )
 from api.form import read_form
@@ -83,6 +84,8 @@ class SubmitHandlers:
             raise UploadTooLarge
         if not request.content_type.startswith("multipart/form-data"):
             raise BadRequest("Content-Type: must be multipart/form-data")
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+            raise UnsupportedMedia("Content-Encoding: send the form as it is")
         message = "Job successfully uploaded"
         upload = self._store.uploads.new()
         try:

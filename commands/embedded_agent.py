@@ -66,6 +66,7 @@ async def _run_agent(url: str, settings: Settings, token: str) -> int:
         # Ctrl-C in the terminal is for the server, which then stops the agent
         start_new_session=True,
     )
+    runtime.lower_descriptor_limit_of(process.pid)
     assert process.stdin is not None
     try:
         # The pipe stays open: its end tells the agent that the server is gone, however it went.

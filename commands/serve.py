@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import gc
 import logging
@@ -35,6 +36,7 @@ _REMEMBERED_JOBS = 2000  # of all services, for their medians
 _LINE_BYTES = 24 * 1024  # a thousand ids
 _FIELD_BYTES = 8190
 _FIELDS = 128
+_DESCRIPTORS_FOR_OTHERS = 128  # the database, pipes, log files
 
 
 class StartError(Exception):
@@ -49,6 +51,7 @@ async def serve(
     Raises :class:`StartError` or a store's error.
     """
     runtime.hide_variable(config.AGENT_TOKEN_VARIABLE)
+    runtime.raise_descriptor_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,6 +116,7 @@ async def _serve_store(
         max_line_size=_LINE_BYTES,
         max_field_size=_FIELD_BYTES,
         max_headers=_FIELDS,
+        limits=_connection_limits(),
     )
     await runner.setup()
     _settle_memory()
@@ -136,6 +140,13 @@ async def _serve_store(
             await asyncio.wait([agent])
         await dispatcher.close()
         await runner.cleanup()
+
+
+def _connection_limits() -> connection.ConnectionLimits:
+    """Return the usual limits, with fewer connections where there are fewer descriptors."""
+    limits = connection.ConnectionLimits()
+    room = runtime.descriptor_limit() - _DESCRIPTORS_FOR_OTHERS - limits.reserve
+    return dataclasses.replace(limits, connections=max(1, min(limits.connections, room)))
 
 
 def _settle_memory() -> None:

@@ -107,7 +107,10 @@ def _text(value: object) -> str:
 
 
 def _one_line(text: str) -> str:
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+    if text.isprintable():
+        return text
+    # C1 controls steer terminals, and U+2028 ends lines too
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

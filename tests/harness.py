@@ -249,6 +249,11 @@ class Server:
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as db:
             return db.execute(sql, parameters).fetchall()
 
+    def change(self, sql: str) -> None:
+        """Change the database from outside, as nobody should."""
+        with contextlib.closing(sqlite3.connect(self.database)) as db, db:
+            db.execute(sql)
+
     def agent_token(self) -> str:
         """Return what agents must present."""
         known = self.environment.get(AGENT_TOKEN_VARIABLE)
