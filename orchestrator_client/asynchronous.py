@@ -67,7 +67,7 @@ class AsyncClient:
         tags: Mapping[str, str] | None = None,
         priority: int | None = None,
         timeout: int | None = None,  # noqa: ASYNC109 - of the job, at the server
-        cpus: float | None = None,
+        cpus: int | None = None,
         memory: int | str | None = None,
         gpus: int | None = None,
         parameters: Mapping[str, object] | None = None,

@@ -73,7 +73,7 @@ class Client:
         tags: Mapping[str, str] | None = None,
         priority: int | None = None,
         timeout: int | None = None,
-        cpus: float | None = None,
+        cpus: int | None = None,
         memory: int | str | None = None,
         gpus: int | None = None,
         parameters: Mapping[str, object] | None = None,

@@ -174,6 +174,18 @@ def duration(seconds: float | None) -> str:
     return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
 
 
+def memory(number: int | None) -> str:
+    """Return an amount of memory for people."""
+    if number is None:
+        return ""
+    amount = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:.3g} TiB"
+
+
 def size(number: float | None) -> str:
     """Return a number of bytes for people."""
     if number is None:

@@ -31,7 +31,7 @@ class Submission:
     priority: int | None = None
     timeout: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
-    cpus: float | None = None
+    cpus: int | None = None
     memory: int | str | None = None
     gpus: int | None = None
     parameters: Mapping[str, object] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def _fields(submission: Submission, user_id: int) -> list[tuple[str, str]]:
     for name in ("name", "priority", "timeout", "cpus", "memory", "gpus"):
         value = getattr(submission, name)
         if value is not None:
-            fields.append((name, f"{value:g}" if isinstance(value, float) else str(value)))
+            fields.append((name, str(value)))
     fields += [("tag", f"{key}:{value}") for key, value in submission.tags.items()]
     return fields
 

@@ -39,7 +39,8 @@ from orchestrator_client.terminal import TerminalFilter
 
 PATIENCE_SECONDS = 300.0
 _SHOWN_LINES = 10
-_LOOK_SECONDS = 1.5
+_LOOK_SECONDS, _LOOK_SELDOM_SECONDS = 1.5, 15.0
+_NOT_YET_RUNNING = (JobState.QUEUED, JobState.PROCESSING, JobState.SUBMITTED)
 
 
 def logs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,29 +193,33 @@ def _copy_in_thread(
 def _tell_why_it_waits(
     job: Job, ends: queue.SimpleQueue[BaseException | None], deadline: float | None
 ) -> None:
-    """Wait for both streams to end; meanwhile say why a job that is queued does not run."""
+    """Wait for both streams to end; meanwhile say why a job does not run yet."""
     running, said = 2, ""
-    is_queued = True
+    pause: float | None = _LOOK_SECONDS
     while running:
-        pause = _LOOK_SECONDS if is_queued else None
-        if deadline is not None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise WaitTimeout(f"job {job.id} has not ended in time; it goes on")
-            pause = left if pause is None else min(pause, left)
         try:
-            error = ends.get(timeout=pause)
+            error = ends.get(timeout=_until(pause, deadline))
         except queue.Empty:
-            if is_queued:
-                info = job.show()
-                is_queued = info.state is JobState.QUEUED
-                if is_queued and info.waiting and info.waiting != said:
-                    said = info.waiting
-                    say(f"orchestrator: job {job.id} waits: {printable(said)}")
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(f"job {job.id} has not ended in time; it goes on") from None
+            info = job.show()
+            if info.waiting and info.waiting != said:
+                said = info.waiting
+                say(f"orchestrator: job {job.id} waits: {printable(said)}")
+            is_waiting = info.state in _NOT_YET_RUNNING
+            pause = min(2 * (pause or _LOOK_SECONDS), _LOOK_SELDOM_SECONDS) if is_waiting else None
             continue
         if error is not None:
             raise error
         running -= 1
+
+
+def _until(pause: float | None, deadline: float | None) -> float | None:
+    """Return how long to wait: for a pause (None: for ever), and not beyond a deadline."""
+    if deadline is None:
+        return pause
+    left = max(0.0, deadline - time.monotonic())
+    return left if pause is None else min(pause, left)
 
 
 def _copy(job: Job, stream: str, number: int, follow: bool) -> None:

@@ -27,6 +27,7 @@ from orchestrator_client.output import (
     console,
     duration,
     is_terminal,
+    memory,
     moment,
     print_json,
     print_json_line,
@@ -246,9 +247,8 @@ def _facts(info: JobInfo) -> Iterable[tuple[str, str]]:
 def _resources(resources: Mapping[str, Any] | None) -> str:
     if not resources:
         return ""
-    memory = resources.get("memory")
     words = [f"{resources.get('cpus', 1)} cpus"]
-    words += [size(memory)] if memory else []
+    words += [memory(resources["memory"])] if resources.get("memory") else []
     words += [f"{resources['gpus']} gpus"] if resources.get("gpus") else []
     return ", ".join(words)
 
@@ -260,5 +260,5 @@ def _usage(usage: Mapping[str, Any] | None) -> str:
     if usage.get("cpu_seconds") is not None:
         words.append(f"{duration(usage['cpu_seconds'])} of CPU time")
     if usage.get("peak_memory") is not None:
-        words.append(f"{size(usage['peak_memory'])} at its peak")
+        words.append(f"{memory(usage['peak_memory'])} at its peak")
     return ", ".join(words)

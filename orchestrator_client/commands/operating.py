@@ -13,12 +13,12 @@ from orchestrator_client.output import (
     Column,
     duration,
     is_terminal,
+    memory,
     print_json,
     print_json_line,
     print_table,
     printable,
     say,
-    size,
     write_line,
 )
 from orchestrator_client.session import Session
@@ -84,14 +84,10 @@ def _agent_row(agent: Mapping[str, Any]) -> Sequence[Cell]:
         str(agent["slots"]),
         "" if load is None else f"{load:.2f}",
         str(total.get("cpus") or ""),
-        size(total.get("memory")),
-        _number_of_gpus(total.get("gpus")),
+        memory(total.get("memory")),
+        str(total.get("gpus") or ""),
         "all" if services is None else ",".join(services),
     )
-
-
-def _number_of_gpus(gpus: Any) -> str:
-    return str(len(gpus) if isinstance(gpus, list) else gpus or "")
 
 
 def _agent_state(agent: Mapping[str, Any]) -> Cell:
@@ -99,6 +95,8 @@ def _agent_state(agent: Mapping[str, Any]) -> Cell:
         return ("away", "red")
     if agent.get("set_aside"):
         return (f"set aside: {agent['set_aside']}", "red")
+    if agent.get("problem"):
+        return (f"problem: {agent['problem']}", "red")
     return ("draining", "yellow") if agent["is_drained"] else ("connected", "green")
 
 

@@ -92,7 +92,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout", type=whole_seconds, metavar="TIME", help="end it after so long, as 90s or 2h"
     )
-    group.add_argument("--cpus", type=float, metavar="N", help="cores that it needs")
+    group.add_argument("--cpus", type=count, metavar="N", help="cores that it needs")
     group.add_argument("--memory", metavar="SIZE", help="memory that it needs, as 512M or 8G")
     group.add_argument("--gpus", type=count, metavar="N", help="GPUs that it needs")
     group.add_argument(
