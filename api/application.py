@@ -39,15 +39,15 @@ def make_application(
     store: Store,
     dispatcher: Dispatcher,
     settings: SettingsInForce,
-    agent_token: str,
+    agent_digests: frozenset[str],
     instruments: Instruments | None = None,
 ) -> web.Application:
     """Put the API together.
 
-    ``agent_token`` is what agents must present, ``instruments`` are those of this server (new
-    ones if there are none).
+    ``agent_digests`` are of the tokens that agents may present, ``instruments`` are those of this
+    server (new ones if there are none).
     """
-    table = routes(store, dispatcher, settings, agent_token, instruments or Instruments())
+    table = routes(store, dispatcher, settings, agent_digests, instruments or Instruments())
     policy = Policy(table)
     gate = TokenGate(store, policy, settings)
     guards = [
@@ -81,7 +81,7 @@ def routes(
     store: Store,
     dispatcher: Dispatcher,
     settings: SettingsInForce,
-    agent_token: str,
+    agent_digests: frozenset[str],
     instruments: Instruments,
 ) -> tuple[Route, ...]:
     """Return all routes: who answers, and who may ask."""
@@ -95,7 +95,7 @@ def routes(
     statistics = StatisticsHandlers(store)
     tokens = TokenListHandlers(store)
     dashboard = DashboardHandlers()
-    agents = AgentChannelHandlers(dispatcher, agent_token)
+    agents = AgentChannelHandlers(dispatcher, agent_digests)
     read, submitting, admin = Role.READ, Role.SUBMIT, Role.ADMIN
     return (
         Route("GET", "/", dashboard.ping, None),

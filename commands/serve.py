@@ -23,7 +23,7 @@ from commands.embedded_agent import keep_agent
 from commands.retention import keep_retention
 from config import ConfigError, Settings, SettingsInForce
 from dispatch import Dispatcher
-from records import KnownTokens
+from records import KnownTokens, digest_of
 from store import Store
 from telemetry.instruments import Instruments
 from telemetry.logs import event
@@ -103,12 +103,15 @@ async def _serve_store(
     instruments.jobs.begin(await store.jobs.times_of_last(_REMEMBERED_JOBS))
     store.feed.follow(instruments.jobs.follow)
     background.append(tasks.create_task(instruments.watch_loop(), name="loop lag"))
-    token = settings.current.agent_token or await store.tokens.agent_token()
+    if given := settings.current.agent_token:
+        token, digests = given, frozenset({digest_of(given)})
+    else:
+        token, digests = await store.tokens.agent_token(), await store.tokens.agent_digests()
     dispatcher = Dispatcher(store, settings)
     background.append(tasks.create_task(dispatcher.run(), name="dispatcher"))
     background.append(tasks.create_task(keep_retention(store, settings), name="retention"))
     runner = connection.ConnectionRunner(
-        make_application(store, dispatcher, settings, token, instruments),
+        make_application(store, dispatcher, settings, digests, instruments),
         access_log=logging.getLogger("orchestrator.access"),
         access_log_class=access_log.access_logger(settings, instruments.http),
         logger=access_log.connection_logger(),

@@ -7,7 +7,15 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from records import KnownTokens, Role, StoreRefused, StoreUnavailable, Token
+from records import (
+    KnownTokens,
+    Role,
+    StoreDamaged,
+    StoreRefused,
+    StoreUnavailable,
+    Token,
+    digest_of,
+)
 from storage.database import opened_by_command
 from storage.file import DatabaseFile
 from storage.schema import APPLICATION_ID, MIGRATIONS
@@ -30,13 +38,25 @@ class Tokens:
         )
 
     async def agent_token(self) -> str:
-        """Return the token that the database was given when it was made."""
+        """Return the token that the database was given when it was made, or restored."""
         return str((await self._file.rows(_AGENT_TOKEN))[0][0])
+
+    async def agent_digests(self) -> frozenset[str]:
+        """Return the digests of the tokens that agents may present.
+
+        After a backup was restored that is also the one from before, of which the backup has the
+        digest alone.
+        """
+        rows = await self._file.rows("SELECT value FROM setting WHERE name = 'agent_token_sha256'")
+        return frozenset({digest_of(await self.agent_token()), *(row[0] for row in rows)})
 
 
 def _tokens_by_digest(db: sqlite3.Connection) -> dict[str, Token]:
     rows = db.execute("SELECT sha256, name, role, user_id, created_at FROM token ORDER BY name")
-    return {row[0]: Token(row[1], Role(row[2]), row[3], row[4]) for row in rows}
+    try:
+        return {row[0]: Token(row[1], Role(row[2]), row[3], row[4]) for row in rows}
+    except ValueError as error:
+        raise StoreDamaged(f"a token is damaged: {error}") from None
 
 
 def _were_tokens_made(db: sqlite3.Connection) -> bool:

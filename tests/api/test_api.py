@@ -100,7 +100,7 @@ async def test_every_route_is_documented_and_every_documented_path_is_routed(
         (method.upper(), path) for path, item in document["paths"].items() for method in item
     }
     settings = config.SettingsInForce(config.Settings())
-    application = api.make_application(None, None, settings, "t" * 20)  # type: ignore[arg-type]
+    application = api.make_application(None, None, settings, frozenset())  # type: ignore[arg-type]
     routed = {
         (route.method, route.resource.canonical)
         for route in application.router.routes()
@@ -398,7 +398,7 @@ async def test_health_says_unhealthy_when_nothing_can_be_written(
 
     monkeypatch.setattr(store, "probe", probe)
     settings = config.SettingsInForce(config.Settings())
-    application = api.make_application(store, Dispatcher(store, settings), settings, "t" * 20)
+    application = api.make_application(store, Dispatcher(store, settings), settings, frozenset())
     async with TestClient(ApiServer(application)) as client:
         response = await client.get("/health")
         assert response.status == 500

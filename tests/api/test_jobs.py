@@ -96,7 +96,7 @@ async def test_a_client_that_goes_away_leaves_nothing_waiting(tmp_path: Path) ->
         job = await make_job(store)
         settings = config.SettingsInForce(config.Settings())
         dispatcher = Dispatcher(store, settings)
-        application = api.make_application(store, dispatcher, settings, "t" * 20)
+        application = api.make_application(store, dispatcher, settings, frozenset())
         async with TestClient(ApiServer(application)) as client:
             url = client.make_url(f"/download/{job.id}?wait=300")
             async with aiohttp.ClientSession() as session:

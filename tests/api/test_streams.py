@@ -147,7 +147,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 async def streaming(store: Store) -> AsyncIterator[TestClient[Any, Any]]:
     """An API in this process, on a store that the test feeds."""
     settings = config.SettingsInForce(config.Settings())
-    application = api.make_application(store, Dispatcher(store, settings), settings, "t" * 20)
+    application = api.make_application(store, Dispatcher(store, settings), settings, frozenset())
     async with TestClient(ApiServer(application)) as client:
         yield client
 

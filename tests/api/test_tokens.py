@@ -308,7 +308,7 @@ async def test_each_role_does_what_it_says_and_no_more(server: Server, folder: P
 def policy_of_all_routes() -> Policy:
     settings = SettingsInForce(Settings())
     nothing: Any = None
-    return Policy(routes(nothing, nothing, settings, "t" * 20, Instruments()))
+    return Policy(routes(nothing, nothing, settings, frozenset(), Instruments()))
 
 
 def test_what_the_policy_does_not_know_only_admins_may_do() -> None:

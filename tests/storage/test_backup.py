@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import PROJECT, Server, run, running_server
+from config import AGENT_TOKEN_VARIABLE
+from tests.harness import PROJECT, AgentProcess, Server, run, running_server
 
 
 async def orchestrator(*arguments: str | Path) -> tuple[int, str]:
@@ -62,6 +63,15 @@ async def test_a_backup_is_its_owners_alone_and_makes_nobody_an_agent(
     assert (code, "there is no agent token in it" in output) == (2, True)
     code, output = await orchestrator("check", target)
     assert code == 0, output
+    async with running_server(tmp_path / "restored", "--db", str(target), "--no-agent") as restored:
+        restored.database = target
+        agent = AgentProcess(restored, "old")
+        await agent.start(environment={AGENT_TOKEN_VARIABLE: token})
+        try:
+            await agent.wait_connected()
+            await restored.result(await restored.upload("true"))
+        finally:
+            await agent.kill()
 
 
 async def test_a_backup_overwrites_nothing_and_needs_a_database(
