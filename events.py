@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeAlias, TypeVar
 
-from jobs import Demand, JobState
+from jobs import Demand, JobState, Usage
 from wire.frames import Stream
 
 
@@ -25,7 +25,8 @@ class Transition:
 
     ``id`` grows with every transition of any job. ``attempt`` is the number within the job.
     ``created_at``, ``started_at`` (of its last attempt), ``message`` and ``demand`` are what the
-    job has from then on; they are known to the feed only.
+    job has from then on; they are known to the feed only. ``usage`` is what the attempt used, once
+    it has ended and as far as that is known.
     """
 
     id: int
@@ -41,6 +42,7 @@ class Transition:
     started_at: float | None = field(default=None, compare=False)
     message: str = field(default="", compare=False)
     demand: Demand = field(default=Demand(), compare=False)
+    usage: Usage | None = field(default=None, compare=False)
 
 
 class AgentChangeKind(enum.StrEnum):

@@ -208,12 +208,17 @@ class KnownAgent:
 
 @dataclass(frozen=True, slots=True)
 class JobTimes:
-    """When a job came, when its last attempt started (None: it never did), when it ended."""
+    """When a job came, when its last attempt started (None: it never did), when it ended.
+
+    And what that attempt used: CPU seconds, bytes of memory at its peak; None is not known.
+    """
 
     service: str
     created_at: float
     started_at: float | None
     finished_at: float
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

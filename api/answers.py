@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from events import Transition
-from jobs import Resources
+from jobs import Resources, Usage
 from records import JobStatus
 
 _JSON = {hdrs.CONTENT_TYPE: "application/json; charset=utf-8"}
@@ -57,4 +57,14 @@ def transition_body(transition: Transition) -> dict[str, Any]:
         "user_id": transition.user_id,
         "service": transition.service,
         "at": rfc3339(transition.at),
+        "usage": None if transition.usage is None else usage_body(transition.usage),
+    }
+
+
+def usage_body(usage: Usage) -> dict[str, float | None]:
+    """Return what an attempt used, as users see it."""
+    return {
+        "cpu_seconds": usage.cpu_seconds,
+        "peak_memory": usage.peak_memory,
+        "wall_seconds": usage.wall_seconds,
     }

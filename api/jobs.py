@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from api.answers import job_answer, resources_body, rfc3339, transition_body
+from api.answers import job_answer, resources_body, rfc3339, transition_body, usage_body
 from api.callers import caller_name
 from api.errors import UnknownJob
 from api.filters import filter_of
@@ -126,7 +126,7 @@ def _details_body(job: JobDetails) -> dict[str, Any]:
     result = job.result
     return {
         **_summary_body(job.summary),
-        "usage": _usage_body(job.attempts[-1].usage if job.attempts else _NOTHING_KNOWN),
+        "usage": usage_body(job.attempts[-1].usage if job.attempts else _NOTHING_KNOWN),
         "attempts": [_attempt_body(attempt) for attempt in job.attempts],
         "files": [
             {"name": file.name, "size": file.size, "sha256": file.sha256} for file in job.files
@@ -143,17 +143,9 @@ def _attempt_body(attempt: AttemptRecord) -> dict[str, Any]:
         "agent": attempt.agent,
         "exit_code": attempt.exit_code,
         "message": attempt.message,
-        "usage": _usage_body(attempt.usage),
+        "usage": usage_body(attempt.usage),
         "outcome": _LOST if outcome is JobState.QUEUED else outcome and outcome.value,
         "assigned_at": rfc3339(attempt.assigned_at),
         "started_at": rfc3339(attempt.started_at),
         "ended_at": rfc3339(attempt.ended_at),
-    }
-
-
-def _usage_body(usage: Usage) -> dict[str, float | None]:
-    return {
-        "cpu_seconds": usage.cpu_seconds,
-        "peak_memory": usage.peak_memory,
-        "wall_seconds": usage.wall_seconds,
     }

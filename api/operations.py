@@ -118,6 +118,8 @@ class OperationHandlers:
             ),
             "median_wait": _rounded(jobs.median_wait(name)),
             "median_run": _rounded(jobs.median_run(name)),
+            "median_cpu": _rounded(jobs.median_cpu(name)),
+            "median_memory": _whole(jobs.median_memory(name)),
         }
 
     # --- metrics
@@ -227,6 +229,10 @@ def _agent_body(agent: AgentStatus, request: web.Request) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _whole(amount: float | None) -> int | None:
+    return None if amount is None else round(amount)
 
 
 def _rounded(seconds: float | None) -> float | None:

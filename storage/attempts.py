@@ -202,7 +202,7 @@ class Attempts:
             )
             if not is_killed:
                 reason = report.message or "finished"
-                transition(db, job, report.state, reason, report.message)
+                transition(db, job, report.state, reason, report.message, report.usage)
 
         await self._file.write_bytes(operation, size + output.size)
         self.result_bytes.add(size)

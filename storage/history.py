@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from events import AgentChange, AgentChangeKind, Transition
+from jobs import Usage
 from storage.checksums import stored_state
 from storage.file import DatabaseFile
 
-HISTORY_OF_JOB = """
-    SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason
+_TRANSITIONS = """
+    SELECT history.id, history.job_id, user_id, service, attempt, at, from_state, to_state, reason,
+        cpu_seconds, peak_memory, wall_seconds
     FROM history JOIN job ON job.id = history.job_id
-    WHERE job_id = ? ORDER BY history.id"""
+    LEFT JOIN attempt ON attempt.job_id = history.job_id AND attempt.number = history.attempt
+        AND history.to_state IN ('Completed', 'Failed', 'Killed')"""
+
+HISTORY_OF_JOB = _TRANSITIONS + " WHERE history.job_id = ? ORDER BY history.id"
+_TRANSITIONS_AFTER = _TRANSITIONS + " WHERE history.id > ? ORDER BY history.id LIMIT ?"
 
 
 class History:
@@ -27,12 +33,7 @@ class History:
 
     async def transitions_after(self, last_id: int, limit: int) -> list[Transition]:
         """Return the transitions of all jobs that follow one, oldest first."""
-        rows = await self._file.rows(
-            "SELECT history.id, job_id, user_id, service, attempt, at, from_state, to_state, reason"
-            " FROM history JOIN job ON job.id = history.job_id"
-            " WHERE history.id > ? ORDER BY history.id LIMIT ?",
-            (last_id, limit),
-        )
+        rows = await self._file.rows(_TRANSITIONS_AFTER, (last_id, limit))
         return [transition_of(row) for row in rows]
 
     async def agent_changes_after(self, last_id: int, limit: int) -> list[AgentChange]:
@@ -55,7 +56,7 @@ class History:
 
 def transition_of(row: Sequence[Any]) -> Transition:
     """Make the record of a line of the history."""
-    row_id, job_id, user_id, service, attempt, at, before, after, reason = row
+    row_id, job_id, user_id, service, attempt, at, before, after, reason, *used = row
     return Transition(
         row_id,
         job_id,
@@ -66,4 +67,5 @@ def transition_of(row: Sequence[Any]) -> Transition:
         None if before is None else stored_state(before),
         stored_state(after),
         reason,
+        usage=Usage(*used) if any(amount is not None for amount in used) else None,
     )

@@ -136,7 +136,8 @@ class Jobs:
     async def times_of_last(self, limit: int) -> list[JobTimes]:
         """Return the times of the jobs that ended last, oldest first."""
         rows = await self._file.rows(
-            """SELECT service, created_at, started_at, finished_at FROM job
+            """SELECT service, created_at, started_at, finished_at, cpu_seconds, peak_memory
+               FROM job LEFT JOIN attempt ON attempt.id = job.attempt_id
                WHERE state IN ('Completed', 'Failed', 'Invalid', 'Killed')
                ORDER BY aged_from DESC LIMIT ?""",
             (limit,),

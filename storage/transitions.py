@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from events import Transition
-from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, Demand, JobState, Resources
+from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, Demand, JobState, Resources, Usage
 from records import IllegalTransition, Superseded, UserQueue
 from storage.blobs import has_result
 from storage.checksums import checksum_of_row, stored_state
@@ -29,13 +29,18 @@ class JobRow:
 
 
 def transition(
-    db: Database, job: JobRow, after: JobState, reason: str, message: str | None = None
+    db: Database,
+    job: JobRow,
+    after: JobState,
+    reason: str,
+    message: str | None = None,
+    usage: Usage | None = None,
 ) -> None:
     """Change a job's state and write its history.
 
     ``message`` is what a user is told of the job from now on; None leaves it as it is, and a job
     that is cleaned has it added to what is told of its end. No other statement changes either,
-    so whoever follows the feed knows both.
+    so whoever follows the feed knows both. ``usage`` is for the feed; its place is the attempt.
     """
     if after not in TRANSITIONS[job.state]:
         raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
@@ -52,6 +57,7 @@ def transition(
             started_at=started_at,
             message=message,
             demand=demand_of(demand),
+            usage=usage,
         )
     )
 

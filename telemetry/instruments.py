@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from events import Event, Transition
-from jobs import FINAL_STATES, JobState
+from jobs import FINAL_STATES, JobState, Usage
 from records import JobTimes
 from telemetry.metrics import Counter, Family, Histogram
 
@@ -18,6 +18,8 @@ _LAG_PAUSE_SECONDS = 1.0
 _LAG_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # from a job of an echo to a simulation of weeks
 _JOB_BOUNDS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 86400.0, 604800.0)
+_MEMORY_BOUNDS = tuple(float(2**power) for power in range(24, 41, 2))  # 16 MiB to 1 TiB
+_NOT_KNOWN = Usage(None, None, None)
 
 
 class JobInstruments:
@@ -41,8 +43,22 @@ class JobInstruments:
             _JOB_BOUNDS,
             ("service",),
         )
+        self._cpu = Histogram(
+            "orchestrator_job_cpu_seconds",
+            "CPU time that the processes of a job used, with all that they started.",
+            _JOB_BOUNDS,
+            ("service",),
+        )
+        self._memory = Histogram(
+            "orchestrator_job_peak_memory_bytes",
+            "The most memory that a job used at a time.",
+            _MEMORY_BOUNDS,
+            ("service",),
+        )
         self._waits: dict[str, deque[float]] = {}
         self._runs: dict[str, deque[float]] = {}
+        self._cpus: dict[str, deque[float]] = {}
+        self._memories: dict[str, deque[float]] = {}
 
     def begin(self, finished: Iterable[JobTimes]) -> None:
         """Take in jobs that ended before the server started, oldest first, for the medians."""
@@ -59,21 +75,34 @@ class JobInstruments:
             self._finished.add(1, event.service, event.after)
             if event.before is JobState.RUNNING and event.started_at is not None:
                 self._run.observe(max(event.at - event.started_at, 0.0), event.service)
-            self._remember(JobTimes(event.service, event.created_at, event.started_at, event.at))
+            used = event.usage or _NOT_KNOWN
+            if used.cpu_seconds is not None:
+                self._cpu.observe(used.cpu_seconds, event.service)
+            if used.peak_memory is not None:
+                self._memory.observe(used.peak_memory, event.service)
+            times = (event.created_at, event.started_at, event.at)
+            self._remember(JobTimes(event.service, *times, used.cpu_seconds, used.peak_memory))
 
     def median_wait(self, service: str) -> float | None:
         """Return the median wait in seconds of the last jobs that ended, None if unknown."""
-        waits = self._waits.get(service)
-        return statistics.median(waits) if waits else None
+        return _median(self._waits.get(service))
 
     def median_run(self, service: str) -> float | None:
         """Return the median run time in seconds of the last jobs that ended, None if unknown."""
-        runs = self._runs.get(service)
-        return statistics.median(runs) if runs else None
+        return _median(self._runs.get(service))
+
+    def median_cpu(self, service: str) -> float | None:
+        """Return the median CPU time in seconds of the last jobs that ended, None if unknown."""
+        return _median(self._cpus.get(service))
+
+    def median_memory(self, service: str) -> float | None:
+        """Return the median of the peak memory in bytes of the last jobs that ended."""
+        return _median(self._memories.get(service))
 
     def families(self) -> tuple[Family, ...]:
         """Return what there is to tell."""
-        return self._finished.family(), self._wait.family(), self._run.family()
+        histograms = (self._wait, self._run, self._cpu, self._memory)
+        return self._finished.family(), *(histogram.family() for histogram in histograms)
 
     def _remember(self, job: JobTimes) -> None:
         if job.started_at is None:
@@ -81,8 +110,18 @@ class JobInstruments:
         # clocks are set back at times
         wait = max(job.started_at - job.created_at, 0.0)
         run = max(job.finished_at - job.started_at, 0.0)
-        self._waits.setdefault(job.service, deque(maxlen=_RECENT_JOBS)).append(wait)
-        self._runs.setdefault(job.service, deque(maxlen=_RECENT_JOBS)).append(run)
+        for recent, amount in (
+            (self._waits, wait),
+            (self._runs, run),
+            (self._cpus, job.cpu_seconds),
+            (self._memories, job.peak_memory),
+        ):
+            if amount is not None:
+                recent.setdefault(job.service, deque(maxlen=_RECENT_JOBS)).append(amount)
+
+
+def _median(amounts: deque[float] | None) -> float | None:
+    return statistics.median(amounts) if amounts else None
 
 
 class HttpInstruments:

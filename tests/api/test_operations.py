@@ -190,10 +190,14 @@ async def test_services_say_what_waits_what_runs_and_how_long_it_takes(busy: Ser
             "agents": ["local"],
             "median_wait": None,
             "median_run": None,
+            "median_cpu": None,
+            "median_memory": None,
         }
         assert (example["active"], example["queued"]) == (0, 0)
         assert 0 < example["median_wait"] < 20
         assert 0.1 < example["median_run"] < 20
+        assert 0 < example["median_cpu"] < 20
+        assert 2**20 < example["median_memory"] < 2**30
         assert example["median_wait"] == pytest.approx(statistics.median(waits), abs=0.001)
         assert example["median_run"] == pytest.approx(statistics.median(runs), abs=0.001)
         # the second time after a restart, which knows of the jobs that ended before
@@ -262,7 +266,9 @@ def test_medians_are_of_the_last_hundred_jobs_that_ran() -> None:
     jobs.begin(JobTimes("dock", 0.0, 1000.0, 3000.0) for _ in range(200))
     jobs.begin(JobTimes("dock", 0.0, None, 5.0) for _ in range(200))  # killed in line
     assert (jobs.median_wait("dock"), jobs.median_run("dock")) == (1000.0, 2000.0)
-    jobs.begin(JobTimes("dock", 0.0, 1.0, 3.0) for _ in range(100))
+    assert (jobs.median_cpu("dock"), jobs.median_memory("dock")) == (None, None)
+    jobs.begin(JobTimes("dock", 0.0, 1.0, 3.0, 0.5, 2**20) for _ in range(100))
+    assert (jobs.median_cpu("dock"), jobs.median_memory("dock")) == (0.5, 2**20)
     assert (jobs.median_wait("dock"), jobs.median_run("dock")) == (1.0, 2.0)
 
 
