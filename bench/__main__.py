@@ -26,6 +26,7 @@ from bench.measure import Figure
 from bench.polling import poll
 from bench.processes import Stage, stage
 from bench.scale import SMOKE, WHOLE, Scale
+from bench.slurm import slurm
 from bench.small_jobs import latency, throughput
 from bench.transfers import download, results, upload
 
@@ -44,6 +45,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "poll": poll,
     "dashboards": dashboards,
     "command": command,
+    "slurm": slurm,
 }
 """By name, in the order in which they run."""
 

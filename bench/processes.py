@@ -222,6 +222,10 @@ class Stage:
             await asyncio.sleep(_LOG_POLL_SECONDS)
         return agent
 
+    async def program(self, name: str, *arguments: str) -> Child:
+        """Start a command of ``orchestrator.py``; does not wait for it to be of use."""
+        return await self._start(Child(self, name, (sys.executable, "orchestrator.py", *arguments)))
+
     async def module(self, module: str, *arguments: str) -> Child:
         """Start a module of this package as a process of its own."""
         name = module.rpartition(".")[2]

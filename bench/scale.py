@@ -37,6 +37,8 @@ class Scale:
     dashboards: int
     dashboard_transitions: int
     dashboard_seconds: float
+    slurm_jobs: int
+    slurm_samples: int
 
 
 WHOLE = Scale(
@@ -64,6 +66,8 @@ WHOLE = Scale(
     dashboards=50,
     dashboard_transitions=50,
     dashboard_seconds=10.0,
+    slurm_jobs=100,
+    slurm_samples=15,
 )
 
 SMOKE = Scale(
@@ -91,4 +95,6 @@ SMOKE = Scale(
     dashboards=3,
     dashboard_transitions=50,
     dashboard_seconds=0.5,
+    slurm_jobs=8,
+    slurm_samples=2,
 )
