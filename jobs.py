@@ -6,7 +6,7 @@ import enum
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 RUN_SCRIPT = "run.sh"
 """The file that every job has and that the agent starts with bash."""
@@ -210,6 +210,14 @@ class Demand:
 
     resources: Resources = DEFAULT_RESOURCES
     avoided: tuple[str, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # made once: the scheduler looks demands up again and again
+        object.__setattr__(self, "_hash", hash((self.resources, self.avoided)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 NO_RESOURCES = Resources(0, 0, 0)

@@ -59,7 +59,8 @@ class _User:
         return self.queued.keys() | self.under_way.keys()
 
     def is_idle(self) -> bool:
-        return not any((self.tally.waiting, self.tally.active, *self.queued.values()))
+        is_counted = self.tally.waiting or self.tally.active or self.kept_for is not None
+        return not (is_counted or self.queued or self.under_way)
 
 
 @dataclass(slots=True)
@@ -86,13 +87,24 @@ class _Service:
         """Whether a user of whom so many jobs are active may have one more."""
         return self.limits is not None and active < self.limits.runs_per_user
 
-    def change(self, user_id: int, waiting: int, active: int) -> None:
-        """Add to the tally of a user's queue, and keep its places in the rotation in step."""
+    def change(
+        self, user_id: int, waiting: int, active: int, demands: Iterable[Demand] = ()
+    ) -> None:
+        """Add to the tally of a user's queue, and keep its places in the rotation in step.
+
+        ``demands`` are those of which more or fewer jobs are available than before.
+        """
         user = self.users.setdefault(user_id, _User())
+        was_below_quota = self.is_below_quota(user.tally.active)
         for tally in (user.tally, self.total):
             tally.waiting += waiting
             tally.active += active
-        self.update(user_id)
+        if self.is_below_quota(user.tally.active) is not was_below_quota:
+            demands = user.demands()
+        for demand in demands:
+            self._update_turn(user_id, user, demand)
+        if user.is_idle():
+            del self.users[user_id]
 
     def change_queued(
         self, user_id: int, demand: Demand, change: int, *, decided: bool = False
@@ -103,7 +115,9 @@ class _Service:
         """
         user = self.users.setdefault(user_id, _User())
         if decided:
-            user.under_way.subtract([demand])
+            user.under_way[demand] -= 1
+            if not user.under_way[demand]:
+                del user.under_way[demand]
         for queued in (user.queued, self.queued):
             queued[demand] += change
             if not queued[demand]:
@@ -113,24 +127,32 @@ class _Service:
     def begin_decision(self, user_id: int, demands: Iterable[Demand]) -> None:
         """A job with one of the demands is given out; the user's next turn is the last one."""
         user = self.users.setdefault(user_id, _User())
-        user.under_way.update(list(demands))
-        for turns in self.turns.values():
-            turns.pop(user_id, None)  # comes back at the end
-        self.change(user_id, waiting=-1, active=+1)
+        for demand in demands:
+            user.under_way[demand] += 1
+        for demand in user.queued:
+            turns = self.turns.get(demand)
+            if turns is not None and user_id in turns:
+                turns[user_id] = next(self.places)
+                turns.move_to_end(user_id)
+        self.change(user_id, -1, +1, demands)
 
-    def end_decision(self, user_id: int, demands: Iterable[Demand]) -> None:
+    def end_decision(
+        self, user_id: int, demands: Iterable[Demand], waiting: int, active: int
+    ) -> None:
         """No decision takes jobs with these demands any longer."""
         user = self.users.setdefault(user_id, _User())
-        user.under_way.subtract(list(demands))
-        user.under_way = +user.under_way
-        self.update(user_id)
+        for demand in demands:
+            user.under_way[demand] -= 1
+            if user.under_way[demand] <= 0:
+                del user.under_way[demand]
+        self.change(user_id, waiting, active, demands)
 
     def update(self, user_id: int) -> None:
-        """Give a user the places in the rotation that are due, and forget one with no jobs."""
+        """Give a user the places in the rotation that are due."""
         user = self.users[user_id]
-        for demand in [*user.demands(), *self.turns]:
+        for demand in user.demands():
             self._update_turn(user_id, user, demand)
-        if user.is_idle() and not user.under_way:
+        if user.is_idle():
             del self.users[user_id]
 
     def _update_turn(self, user_id: int, user: _User, demand: Demand) -> None:
@@ -248,13 +270,12 @@ class FairQueue:
         """The job of a decision, which has this demand, is given out."""
         queue = decision.queue
         others = decision.offers.keys() - {demand}  # this one's transition was followed
-        self._service(queue.service).end_decision(queue.user_id, others)
+        self._service(queue.service).end_decision(queue.user_id, others, waiting=0, active=0)
 
     def take_back(self, decision: Decision) -> None:
         """A decision could not be carried out, or its job was killed meanwhile or never came."""
-        service = self._service(decision.queue.service)
-        service.change(decision.queue.user_id, waiting=+1, active=-1)
-        service.end_decision(decision.queue.user_id, decision.offers)
+        user_id, service = decision.queue.user_id, self._service(decision.queue.service)
+        service.end_decision(user_id, decision.offers, waiting=+1, active=-1)
 
     def services(self) -> list[str]:
         """Return the services that have, or had, jobs."""

@@ -1,8 +1,9 @@
 """The scheduling policy alone, as a process: ``python -m bench.decisions N USERS COUNT``.
 
 Fills :class:`scheduler.FairQueue` with N jobs of so many users and of twenty shapes of resources,
-then prints a JSON line: for each of COUNT batches the seconds that one decision took, the largest
-shape fitting nowhere. Each decision is taken back, so that the queue stays as long as it was.
+at least one of each shape for each user (their number is what a decision costs), then prints a
+JSON line: for each of COUNT batches the seconds that one decision took, the largest shape fitting
+nowhere. Each decision is taken back, so that the queue stays as long as it was.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _measure(jobs: int, users: int, count: int) -> list[float]:
     for user in range(users):
         for shape, demand in enumerate(_DEMANDS):
             waiting = len(range(user + shape * users, jobs, users * len(_DEMANDS)))
-            queue.count_queued(UserQueue(_SERVICE, user), demand, waiting)
+            queue.count_queued(UserQueue(_SERVICE, user), demand, max(1, waiting))
     placement = _fleet()
     gc.collect()
     gc.freeze()  # the benchmark is about the policy, not about how Python looks for garbage
