@@ -88,6 +88,6 @@ async function saveLarge(app, response, path, name, size) {
   } }, icon('copy'), 'Copy');
   await ask('Too large for this browser', [
     h('p', {}, `${name} has ${bytes(size)}. Use a terminal, with your token in TOKEN:`),
-    h('pre', { class: 'code' }, command), button,
+    h('pre', { class: 'code', tabIndex: 0 }, command), button,
   ], []);
 }

@@ -84,7 +84,7 @@ export class LogPanel {
    * @param {() => void} onClick
    */
   _button(sign, label, onClick) {
-    return h('button', { class: 'button ghost small', type: 'button', 'aria-pressed': 'false',
+    return h('button', { class: 'button ghost small', type: 'button', title: label, 'aria-pressed': 'false',
       on: { click: onClick } }, icon(sign), h('span', {}, label));
   }
 

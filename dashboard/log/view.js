@@ -203,8 +203,11 @@ export class LogView {
       this._draw(Infinity);
     }
     const line = this.element.querySelector(`[data-line="${number}"]`);
-    line?.scrollIntoView({ block: 'center' });
-    this._lastTop = this.element.scrollTop;
+    if (!(line instanceof HTMLElement)) return;
+    // not scrollIntoView: that would move the page around the log, too
+    const box = line.getBoundingClientRect();
+    const place = this.element.getBoundingClientRect();
+    this._scrollTo(this.element.scrollTop + box.top - place.top - (place.height - box.height) / 2);
   }
 
   // --- lines

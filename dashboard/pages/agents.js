@@ -54,7 +54,7 @@ function draw(app, list, agents, load) {
   if (agents.length === 0) {
     fill(list, empty('No agent is connected',
       h('p', {}, 'Agents run the jobs. Start one on any machine that reaches this server:'),
-      h('pre', { class: 'code' }, `orchestrator-agent --server ${app.api.address('').replace(/\/$/, '')} --token-file token.txt`)));
+      h('pre', { class: 'code', tabIndex: 0 }, `orchestrator-agent --server ${app.api.address('').replace(/\/$/, '')} --token-file token.txt`)));
     return;
   }
   fill(list, ...agents.map((agent) => card(app, agent, load)));

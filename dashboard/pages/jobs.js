@@ -91,6 +91,10 @@ class JobList {
     this._terms = filter.fromAddress(query);
     const cursor = query.get('cursor');
     if (cursor === null) this._way = [];
+    // by the browser's Back one comes to a page on the way
+    const place = this._way.indexOf(cursor);
+    if (place >= 0) this._way.length = place;
+    if (cursor !== this._cursor) scrollTo(0, 0);
     this._cursor = cursor;
     this._bar.show(this._terms);
     this._table.clear();

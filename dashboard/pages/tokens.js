@@ -28,7 +28,7 @@ export async function open(app, _address, signal) {
       tokens.length === 0
         ? empty('There are no tokens',
           h('p', {}, 'So everybody who reaches this server may use it. Make the first on the server’s machine:'),
-          h('pre', { class: 'code' }, 'python orchestrator.py token create --name web --user any --role submit'))
+          h('pre', { class: 'code', tabIndex: 0 }, 'python orchestrator.py token create --name web --user any --role submit'))
         : table(app, tokens),
       tokens.length > 0 && h('p', { class: 'quiet' },
         'Tokens are made and revoked on the server’s machine: ',

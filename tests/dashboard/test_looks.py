@@ -192,7 +192,7 @@ async def test_every_page_can_be_read_by_everybody_in_both_themes(
             # nothing sticks out to the right
             wide = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, (name, width, wide)
-        problems += [(name, *problem) for problem in await problems_of(page)]
+            problems += [(name, str(width), *problem) for problem in await problems_of(page)]
     assert problems == []
 
 
