@@ -22,7 +22,7 @@ from storage.blobs import Blobs
 from storage.clock import SteadyClock
 from storage.database import HOW_TO_MAKE_WRITABLE, Database, check_sqlite_version, translated
 from storage.eraser import Eraser
-from storage.file import DatabaseFile
+from storage.file import READERS, DatabaseFile
 from storage.history import History
 from storage.incarnations import Incarnations
 from storage.jobs import POSITION_LIMIT, Jobs
@@ -33,7 +33,7 @@ from storage.tokens import Tokens
 from storage.uploads import Upload, Uploads
 from telemetry import metrics
 
-__all__ = ["POSITION_LIMIT", "SQLITE_VERSION", "Store", "Upload"]
+__all__ = ["POSITION_LIMIT", "READERS", "SQLITE_VERSION", "Store", "Upload"]
 
 SQLITE_VERSION = sqlite3.sqlite_version
 

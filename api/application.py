@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import hdrs, web
 from aiohttp_swagger3 import SwaggerFile, SwaggerUiSettings
 
@@ -27,9 +29,10 @@ from config import SettingsInForce
 from dispatch import Dispatcher
 from records import Role
 from runtime import data_file
-from store import Store
+from store import READERS, Store
 from telemetry.instruments import Instruments
 
+_LONG_READS = READERS - 1
 _NONE: frozenset[str] = frozenset()
 _LAST_EVENT = frozenset({"last_event_id"})
 _LOG_PARAMETERS = frozenset({"stream", "follow", "offset"})
@@ -85,13 +88,15 @@ def routes(
     instruments: Instruments,
 ) -> tuple[Route, ...]:
     """Return all routes: who answers, and who may ask."""
-    files = FileHandlers(store, dispatcher)
+    # replays and searches of archives are many reads in a row; others come in between
+    long_reads = asyncio.Semaphore(_LONG_READS)
+    files = FileHandlers(store, dispatcher, long_reads)
     submit = SubmitHandlers(store, dispatcher, settings)
     operations = OperationHandlers(store, dispatcher, settings, instruments)
     jobs = JobHandlers(store, dispatcher)
     many = ManyJobsHandlers(store, dispatcher, settings)
     output = OutputHandlers(store)
-    events = EventHandlers(store)
+    events = EventHandlers(store, long_reads)
     statistics = StatisticsHandlers(store)
     tokens = TokenListHandlers(store)
     dashboard = DashboardHandlers()

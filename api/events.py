@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import heapq
 import json
 import logging
@@ -36,8 +37,9 @@ _EVENT_ID = re.compile(r"([0-9]{1,18})-([0-9]{1,18})")
 class EventHandlers:
     """The handlers of event streams: of one job, and of all there is."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, long_reads: asyncio.Semaphore) -> None:
         self._store = store
+        self._long_reads = long_reads
 
     async def of_job(self, request: web.Request) -> web.StreamResponse:
         """Tell the transitions of one job, from its first to its last, then end."""
@@ -61,6 +63,8 @@ class EventHandlers:
         position = _position_of(request)
         wanted = _Filter(user_asked_for(request), request.query.get("service"))
         last = _Position(*await self._store.history.last_ids())
+        if position is not None and not wanted.takes_agent_changes():
+            position.agent_change = last.agent_change
         # ids past the end are of a database that was put back to an older state
         stream = _Stream(request, last if position is None else position.at_most(last), wanted)
         return await stream.run(lambda: self._tell_all(stream))
@@ -87,17 +91,20 @@ class EventHandlers:
 
     async def _replay(self, stream: _Stream) -> None:
         """Tell what the store has after the stream's position, a bounded number at a time."""
+        history, wanted = self._store.history, stream.wanted
         while True:
-            after = stream.position
-            transitions = await self._store.history.transitions_after(
-                after.transition, _REPLAY_EVENTS
-            )
-            changes = await self._store.history.agent_changes_after(
-                after.agent_change, _REPLAY_EVENTS
-            )
-            if not transitions and not changes:
-                return
+            before = dataclasses.replace(stream.position)
+            async with self._long_reads:
+                transitions, reached = await history.transitions_after(
+                    before.transition, _REPLAY_EVENTS, wanted.user_id, wanted.service
+                )
+            changes: list[AgentChange] = []
+            if wanted.takes_agent_changes():
+                changes = await history.agent_changes_after(before.agent_change, _REPLAY_EVENTS)
             await stream.send(heapq.merge(transitions, changes, key=lambda event: event.at))
+            stream.position.transition = max(stream.position.transition, reached)
+            if stream.position == before:
+                return
 
 
 # --- positions and filters --------------------------------------------------------
@@ -141,9 +148,12 @@ class _Filter:
     user_id: int | None = None
     service: str | None = None
 
+    def takes_agent_changes(self) -> bool:
+        return self.user_id is None and self.service is None
+
     def lets_through(self, event: Event) -> bool:
         if isinstance(event, AgentChange):
-            return self.user_id is None and self.service is None
+            return self.takes_agent_changes()
         return self.user_id in (None, event.user_id) and self.service in (None, event.service)
 
 
@@ -171,7 +181,7 @@ class _Stream:
 
     def __init__(self, request: web.Request, position: _Position, wanted: _Filter) -> None:
         self.position = position
-        self._wanted = wanted
+        self.wanted = wanted
         self._request = request
         self._response = web.StreamResponse(
             headers={
@@ -211,7 +221,7 @@ class _Stream:
         """Tell those of the events that are wanted and were not told before."""
         parts = []
         for event in events:
-            if self.position.pass_over(event) and self._wanted.lets_through(event):
+            if self.position.pass_over(event) and self.wanted.lets_through(event):
                 parts += [self.position.line(), _encoded(event)]
         if parts:
             await self._write(b"".join(parts))

@@ -69,9 +69,10 @@ class _StoredDownload:
 class FileHandlers:
     """Handlers of the paths that give files."""
 
-    def __init__(self, store: Store, dispatcher: Dispatcher) -> None:
+    def __init__(self, store: Store, dispatcher: Dispatcher, long_reads: asyncio.Semaphore) -> None:
         self._store = store
         self._dispatcher = dispatcher
+        self._long_reads = long_reads
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         """Answer with a completed job's result, with the status of any other."""
@@ -140,7 +141,8 @@ class FileHandlers:
 
     def _archive_of(self, result: StoredResult) -> Archive:
         async def read(offset: int, size: int) -> bytes:
-            return b"".join(await self._store.blobs.read(result.blob_id, offset, size))
+            async with self._long_reads:
+                return b"".join(await self._store.blobs.read(result.blob_id, offset, size))
 
         return Archive(read, result.size)
 

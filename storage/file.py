@@ -28,7 +28,7 @@ from wire.frames import CHUNK_BYTES
 
 T = TypeVar("T")
 
-_READERS = 3
+READERS = 3
 _RESERVE_BYTES = 64 * 1024 * 1024
 _RESERVE_SHARE = 0.1
 
@@ -74,7 +74,7 @@ class DatabaseFile:
         await connection.call(prepare_writer)
         await connection.call(tidy)
         self._writer = Writer(connection, self._before_commit, self._publish)
-        for _ in range(_READERS):
+        for _ in range(READERS):
             reader = await connect(self._path)
             self._connections.append(reader)
             await reader.call(prepare_reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,13 @@ _TRANSITIONS = """
         AND history.to_state IN ('Completed', 'Failed', 'Killed')"""
 
 HISTORY_OF_JOB = _TRANSITIONS + " WHERE history.job_id = ? ORDER BY history.id"
-_TRANSITIONS_AFTER = _TRANSITIONS + " WHERE history.id > ? ORDER BY history.id LIMIT ?"
+_TRANSITIONS_BETWEEN = (
+    _TRANSITIONS
+    + """ WHERE history.id > ?1 AND history.id <= ?2
+        AND (?3 IS NULL OR user_id = ?3) AND (?4 IS NULL OR service = ?4)
+    ORDER BY history.id LIMIT ?5"""
+)
+_EXAMINE_TRANSITIONS = 5000
 
 
 class History:
@@ -31,10 +38,25 @@ class History:
         """Return all transitions of a job, oldest first; none if there is no such job."""
         return [transition_of(row) for row in await self._file.rows(HISTORY_OF_JOB, (job_id,))]
 
-    async def transitions_after(self, last_id: int, limit: int) -> list[Transition]:
-        """Return the transitions of all jobs that follow one, oldest first."""
-        rows = await self._file.rows(_TRANSITIONS_AFTER, (last_id, limit))
-        return [transition_of(row) for row in rows]
+    async def transitions_after(
+        self, last_id: int, limit: int, user_id: int | None = None, service: str | None = None
+    ) -> tuple[list[Transition], int]:
+        """Return transitions that follow one, oldest first, of a user and a service if asked for.
+
+        Looks at a bounded number, so there may be none of those asked for though more follow:
+        the second value is the id up to which it looked, ``last_id`` at the end.
+        """
+
+        def operation(db: sqlite3.Connection) -> tuple[list[Transition], int]:
+            ((newest,),) = db.execute("SELECT coalesce(max(id), 0) FROM history").fetchall()
+            end = max(last_id, min(last_id + _EXAMINE_TRANSITIONS, newest))
+            rows = db.execute(
+                _TRANSITIONS_BETWEEN, (last_id, end, user_id, service, limit)
+            ).fetchall()
+            found = [transition_of(row) for row in rows]
+            return found, found[-1].id if len(found) == limit else end
+
+        return await self._file.read_snapshot(operation)
 
     async def agent_changes_after(self, last_id: int, limit: int) -> list[AgentChange]:
         """Return the agent changes that follow one, oldest first."""

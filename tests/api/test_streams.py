@@ -22,7 +22,8 @@ from api import events as api_events
 from dispatch import Dispatcher
 from events import Transition
 from jobs import JobState
-from store import Store
+from storage import history as history_of_storage
+from store import READERS, Store
 from tests.api.in_process import ApiServer
 from tests.api.test_api import assert_error
 from tests.harness import AgentProcess, Server, curl, eventually, running_server
@@ -218,3 +219,44 @@ async def test_a_reader_that_is_too_far_behind_is_dropped(store: Store) -> None:
             while await response.content.read(1_000_000):
                 pass
         assert not store.feed._of_all
+
+
+async def test_a_replay_for_one_user_reads_what_is_theirs_and_leaves_a_reader_to_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_of_storage, "_EXAMINE_TRANSITIONS", 7)
+    mine = await make_job(store, user_id=2)
+    for _ in range(20):
+        await make_job(store, user_id=1)
+    last = await make_job(store, user_id=2)
+    read: list[Transition] = []
+    under_way = 0
+    most = 0
+    transitions_after = store.history.transitions_after
+
+    async def watched(*arguments: Any) -> tuple[list[Transition], int]:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            found, reached = await transitions_after(*arguments)
+        finally:
+            under_way -= 1
+        read.extend(found)
+        return found, reached
+
+    monkeypatch.setattr(store.history, "transitions_after", watched)
+
+    async def told(client: TestClient[Any, Any]) -> list[int]:
+        response = await client.get("/events?user_id=2", headers={"Last-Event-ID": "0-0"})
+        text = ""
+        while f'"id": {last.id},' not in text:
+            text += (await response.content.readuntil(b"\n\n")).decode()
+        response.close()
+        return [event.data["id"] for event in parse(text)]
+
+    async with streaming(store) as client:
+        answers = await asyncio.gather(*(told(client) for _ in range(6)))
+    assert answers == [[mine.id, last.id]] * 6
+    assert {event.user_id for event in read} == {2}
+    assert most < READERS
