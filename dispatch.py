@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import jobs
 from config import ServiceLimits, Settings, SettingsInForce
@@ -19,15 +19,15 @@ from fleet.attempt import Attempt
 from fleet.connection import AgentSocket, Connection
 from fleet.leases import Leases
 from fleet.placement import Placement
-from fleet.reasons import why_no_agent, why_none_is_free
 from fleet.roster import Agent, AgentStatus, Roster
 from fleet.session import Session
 from fleet.snapshot_relay import SnapshotRelay, SnapshotUnavailable
-from fleet.storing import STORE_RETRY_SECONDS, until_stored
+from fleet.storing import STORE_RETRY_SECONDS
+from fleet.termination import Termination
+from fleet.waiting_reasons import why_waiting
 from jobs import NO_RESOURCES, Demand, Resources
 from records import (
     Assignment,
-    IllegalTransition,
     JobRequest,
     JobStatus,
     KnownAgent,
@@ -42,17 +42,6 @@ from telemetry.logs import event
 
 log = logging.getLogger("orchestrator.dispatch")
 
-_LOOK_AGAIN_SECONDS = 0.05
-_TERMINATED = "Job terminated"
-
-
-class AlreadyFinal(Exception):
-    """The job has ended, so it can't be terminated; ``state`` says how."""
-
-    def __init__(self, state: jobs.JobState) -> None:
-        super().__init__(f"the job is already {state}")
-        self.state = state
-
 
 class Dispatcher:
     """Gives queued jobs to agents. Run :meth:`run` beside the API."""
@@ -64,6 +53,7 @@ class Dispatcher:
         self._placement = Placement()
         self._roster = Roster(store, settings, self._follow_agent)
         self._leases = Leases(self._roster)
+        self._termination = Termination(self._roster)
         self._connections: set[Connection] = set()
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup
@@ -129,18 +119,14 @@ class Dispatcher:
 
     def why_waiting(self, queue: UserQueue, resources: Resources) -> str:
         """Say in words what a queued job waits for."""
-        limits = self.settings.services.get(queue.service)
-        user = self._queue.counts_of_queue(queue).active
-        service = self._queue.counts_of_service(queue.service).active
-        if limits is None:
-            return "this service is not configured"
-        if reason := why_no_agent(self._roster, queue.service, resources):
-            return reason
-        if user >= limits.runs_per_user:
-            return f"user limit {user} of {limits.runs_per_user}"
-        if service >= limits.max_runs:
-            return f"service limit {service} of {limits.max_runs}"
-        return why_none_is_free(self._roster, queue.service, resources) or "next"
+        return why_waiting(
+            self._roster,
+            queue.service,
+            resources,
+            self.settings.services.get(queue.service),
+            self._queue.counts_of_queue(queue).active,
+            self._queue.counts_of_service(queue.service).active,
+        )
 
     async def drain(self, name: str) -> list[AgentStatus]:
         """Give nothing new to the agents of this name or id; lasts until :meth:`resume`.
@@ -337,53 +323,9 @@ class Dispatcher:
     # --- termination
 
     async def terminate(self, job_id: int) -> JobStatus | None:
-        """End a job; returns once it can neither run nor deliver a result any more.
-
-        Returns None for an unknown job, raises :class:`AlreadyFinal` for one that has ended.
-        """
-        was_asked = False
-        while True:
-            status = await self.store.jobs.status(job_id)
-            if status is None:
-                return None
-            if was_asked and status.state is jobs.JobState.KILLED:
-                return status
-            if jobs.has_ended(status.state):
-                raise AlreadyFinal(status.state)
-            was_asked = True
-            if (holder := self._roster.holder_of(job_id)) is not None:
-                await self._terminate_active(*holder)
-            elif await until_stored(lambda: self.store.jobs.withdraw(job_id, _TERMINATED)):
-                event(log, "killed", job=job_id)
-            else:
-                # it has just been given to an agent, or left it: look again, without spinning
-                await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        """End a job; see :meth:`Termination.terminate`."""
+        return await self._termination.terminate(job_id)
 
     async def terminate_many(self, job_ids: Sequence[int]) -> int:
-        """End those of some jobs that have not ended; returns how many it ended.
-
-        Returns once none of them can run or deliver a result any more.
-        """
-        withdrawn = await until_stored(lambda: self.store.jobs.withdraw_many(job_ids, _TERMINATED))
-        if withdrawn:
-            event(log, "killed_many", jobs=len(withdrawn), first=min(withdrawn))
-        others = sorted(set(job_ids) - set(withdrawn))
-        return len(withdrawn) + sum(await asyncio.gather(*map(self._has_terminated, others)))
-
-    async def _has_terminated(self, job_id: int) -> bool:
-        try:
-            return await self.terminate(job_id) is not None
-        except AlreadyFinal:
-            return False
-
-    async def _terminate_active(self, agent: Agent, attempt: Attempt) -> None:
-        """Let the agent end the job; if it does not, see to it that the attempt counts no more."""
-        if agent.connection is not None and await agent.connection.kill(attempt):
-            return
-        # if it has just ended by itself, the caller finds that out
-        with suppress(IllegalTransition):
-            await until_stored(lambda: self.store.jobs.kill(attempt.job.id, _TERMINATED))
-            event(log, "killed", job=attempt.job.id, attempt=attempt.id, agent=agent.name)
-        if agent.connection is not None:
-            agent.connection.remains[attempt.id] = attempt
-        self._roster.forget(agent, attempt)
+        """End some jobs; see :meth:`Termination.terminate_many`."""
+        return await self._termination.terminate_many(job_ids)

@@ -15,7 +15,7 @@ from api.connection import break_off
 from api.routes import Handler, job_id_of
 from archive.reader import DamagedArchive
 from config import MAX_UPLOAD_BYTES
-from dispatch import AlreadyFinal
+from fleet.termination import AlreadyFinal
 from records import InputGone, KeyReused, NotEnded, QueueFull, StoreError, StoreFull
 from telemetry.logs import event
 

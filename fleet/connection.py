@@ -83,6 +83,10 @@ class Connection:
         """The settings that hold now."""
         return self._settings.current
 
+    def heartbeat_seconds(self) -> float:
+        """How often each end says that it lives: some may be late within a lease."""
+        return min(10.0, self.settings.lease / 6)
+
     def heard(self) -> None:
         """For the session: something came."""
         self.heard_at = asyncio.get_running_loop().time()

@@ -5,19 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Coroutine
 from typing import Any
 
-import config
-import jobs
-from config import Settings
-from fleet.attempt import Attempt
 from fleet.connection import AgentSocket, Connection, UnreadableInput
 from fleet.intake import Intake
+from fleet.reconciliation import Reconciliation
 from fleet.roster import Agent, Roster
 from fleet.storing import until_stored
-from records import IllegalTransition, Loss, ResultMismatch, StoreDamaged, Superseded
+from records import IllegalTransition, ResultMismatch, StoreDamaged, Superseded
 from runtime import first_failure
 from telemetry.logs import event
 from wire import codec, messages
@@ -82,7 +78,7 @@ class Session:
         self._agent = answer
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                await self._welcome(hello)
+                await Reconciliation(self._roster, self._agent, self._connection).run(hello)
                 await self._converse()
                 await self._finish_intakes()
         finally:
@@ -130,94 +126,6 @@ class Session:
         self._connection.heard()
         return hello
 
-    async def _welcome(self, hello: messages.Hello) -> None:
-        """Compare what the agent holds with what it should hold, and act on the difference."""
-        agent = self._agent
-        event(
-            log,
-            "agent_connected",
-            agent=agent.name,
-            id=agent.id,
-            address=self._connection.address,
-            slots=agent.slots,
-            attempts=len(hello.attempts),
-        )
-        known = [held for held in hello.attempts if self._is_known(held)]
-        if len(known) < len(hello.attempts):
-            await self._skip_ids(hello.attempts)
-        await self._find_remains(known)
-        remains = self._connection.remains
-        wanted = [held for held in known if held.attempt_id in {*agent.attempts, *remains}]
-        self._outbox.put(
-            messages.Welcome(
-                protocol=messages.PROTOCOL_VERSION,
-                version=config.VERSION,
-                heartbeat_seconds=_heartbeat_seconds(self._roster.settings),
-                keep=tuple([await self._kept(held) for held in wanted]),
-                incarnation=self._store.incarnations.current,
-            )
-        )
-        # from here on, what is assigned goes straight to the agent
-        self._connection.is_welcomed = True
-        self._connection.ask_for_isolation()
-        for attempt_id in remains:
-            self._outbox.put(messages.Kill(attempt_id))
-        present = {held.attempt_id for held in known}
-        missing = [attempt for attempt in agent.attempts.values() if attempt.id not in present]
-        for held in wanted:
-            is_to_run = held.attempt_id in agent.attempts
-            if is_to_run and held.phase is messages.AttemptPhase.RECEIVING:
-                files = await self._store.attempts.input_files(held.attempt_id)
-                self._connection.send_input(held.attempt_id, files, held.input_offset)
-        for attempt in missing:
-            reason = f"agent {agent.name} no longer has the job"
-            await self._roster.give_back(agent, attempt, Loss.AGENT_AWAY, reason)
-
-    async def _kept(self, held: messages.HeldAttempt) -> messages.KeptAttempt:
-        return messages.KeptAttempt(
-            held.attempt_id,
-            await self._store.attempts.result_size(held.attempt_id),
-            await self._store.output.end(held.attempt_id, Stream.STDOUT),
-            await self._store.output.end(held.attempt_id, Stream.STDERR),
-            held.incarnation,
-        )
-
-    def _is_known(self, held: messages.HeldAttempt) -> bool:
-        """Say whether an attempt is of this database, not of one that it was copied from or to."""
-        made_in = self._store.incarnations.of(held.attempt_id)
-        mine = self._agent.attempts.get(held.attempt_id)
-        is_of_this_job = mine is None or mine.job.id == held.job_id
-        # one that does not say is of an agent, or a directory, from before there were incarnations
-        return held.incarnation in ("", made_in) and is_of_this_job
-
-    async def _skip_ids(self, attempts: Sequence[messages.HeldAttempt]) -> None:
-        """Give out no ids that an agent knows from another life of the database."""
-        last_attempt = max(held.attempt_id for held in attempts)
-        last_job = max(held.job_id for held in attempts)
-        event(
-            log,
-            "foreign_attempts",
-            level=logging.WARNING,
-            agent=self._agent.name,
-            last_attempt=last_attempt,
-            last_job=last_job,
-        )
-        await until_stored(lambda: self._store.incarnations.skip_ids(last_attempt, last_job))
-
-    async def _find_remains(self, known: Sequence[messages.HeldAttempt]) -> None:
-        """See whether the agent comes with what is left of jobs that were killed meanwhile."""
-        for held in known:
-            if held.attempt_id in self._agent.attempts:
-                continue
-            killed = await self._store.attempts.killed_without_result(
-                held.attempt_id, self._agent.id
-            )
-            if killed is not None:
-                # as far as can be: what the agent reports of its way changes nothing any more
-                last = jobs.ACTIVE_STATES[-1]
-                remains = replace(Attempt.of(killed), state=last)
-                self._connection.remains[held.attempt_id] = remains
-
     async def _receive(self) -> None:
         async for frame in self._frames:
             self._connection.heard()
@@ -230,7 +138,7 @@ class Session:
 
     async def _watch_silence(self) -> None:
         """End a half-open connection: nothing came for some heartbeats."""
-        limit = _SILENT_HEARTBEATS * _heartbeat_seconds(self._roster.settings)
+        limit = _SILENT_HEARTBEATS * self._connection.heartbeat_seconds()
         loop = asyncio.get_running_loop()
         while (left := self._connection.heard_at + limit - loop.time()) > 0:
             before = loop.time()
@@ -238,7 +146,7 @@ class Session:
             overslept = loop.time() - before - left
             if overslept > _STANDSTILL_SECONDS:
                 # the server stood still (a paused machine): what came meanwhile is not read yet
-                heard_at = loop.time() - limit + _heartbeat_seconds(self._roster.settings)
+                heard_at = loop.time() - limit + self._connection.heartbeat_seconds()
                 self._connection.heard_at = max(self._connection.heard_at, heard_at)
         event(log, "agent_silent", level=logging.WARNING, agent=self._agent.name, seconds=limit)
         raise _ConnectionEnded
@@ -362,11 +270,6 @@ class Session:
             self._outbox.put(messages.Drop(report.attempt_id, "superseded"))
         else:
             self._outbox.put(messages.Stored(report.attempt_id))
-
-
-def _heartbeat_seconds(settings: Settings) -> float:
-    """Often enough that some may be late within a lease."""
-    return min(10.0, settings.lease / 6)
 
 
 class _ConnectionEnded(Exception):

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from config import ServiceLimits
 from fleet.roster import Agent
 from jobs import Resources, memory_text
 
 _ORDER = ("gpus", "memory", "cpus")  # of what is missing, the scarcest is named
 
 
-def why_no_agent(agents: Iterable[Agent], service: str, needed: Resources) -> str | None:
+def why_waiting(
+    agents: Iterable[Agent],
+    service: str,
+    needed: Resources,
+    limits: ServiceLimits | None,
+    active_of_user: int,
+    active_of_service: int,
+) -> str:
+    """Say what a queued job waits for; ``limits`` None: its service is not configured."""
+    if limits is None:
+        return "this service is not configured"
+    if reason := _why_no_agent(agents, service, needed):
+        return reason
+    if active_of_user >= limits.runs_per_user:
+        return f"user limit {active_of_user} of {limits.runs_per_user}"
+    if active_of_service >= limits.max_runs:
+        return f"service limit {active_of_service} of {limits.max_runs}"
+    return _why_none_is_free(agents, service, needed) or "next"
+
+
+def _why_no_agent(agents: Iterable[Agent], service: str, needed: Resources) -> str | None:
     """Say why no agent that is there could ever take the job; None if one could."""
     connected = [agent for agent in agents if agent.connection is not None]
     named = [agent for agent in connected if agent.names(service)]
@@ -30,7 +51,7 @@ def why_no_agent(agents: Iterable[Agent], service: str, needed: Resources) -> st
     return None
 
 
-def why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) -> str | None:
+def _why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) -> str | None:
     """Say what is missing on the agents that could take the job; None if one could now."""
     able = [
         agent
@@ -48,11 +69,9 @@ def why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) -
     names = sorted(agent.name for agent in with_slot)
     where = names[0] if len(names) == 1 else f"one of {len(names)} agents"
     for name in _ORDER:
-        if all(
-            getattr(agent.total() - agent.used(), name) < getattr(needed, name)
-            for agent in with_slot
-        ):
-            return f"waits for {_amount(name, getattr(needed, name))} on {where}"
+        wanted = getattr(needed, name)
+        if all(getattr(resources, name) < wanted for resources in free):
+            return f"waits for {_amount(name, wanted)} on {where}"
     return f"waits for room on {where}"
 
 
