@@ -134,6 +134,19 @@ def test_the_ci_runs_the_test_command_of_the_readme() -> None:
     assert (PROJECT / ".ci" / "run").read_text().endswith(f"{command}\n")
 
 
+def test_the_ci_pins_every_package_that_is_asked_for() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(PROJECT / "setup.cfg")
+    wanted = setup["options"]["install_requires"] + setup["options.extras_require"]["test"]
+    names = set(re.findall(r"^([A-Za-z][\w-]*)", wanted, re.MULTILINE))
+    assert {"aiohttp", "multipart", "pytest"} <= names
+    text = (PROJECT / ".ci" / "constraints.txt").read_text()
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
+    known = {name.lower().replace("_", "-") for name in pinned}
+    assert {name for name in names if name.lower().replace("_", "-") not in known} == set()
+    assert "PIP_CONSTRAINT" in (PROJECT / ".ci" / "run").read_text()
+
+
 def test_every_test_that_the_fault_matrix_names_is_there() -> None:
     text = (PROJECT / "docs" / "reliability.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", text))
