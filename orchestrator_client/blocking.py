@@ -28,6 +28,7 @@ from orchestrator_client.transport import (
 T = TypeVar("T")
 
 _MAX_IDLE_CONNECTIONS = 16
+# ValueError: a chunk of a length that is no number
 _BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 
@@ -49,6 +50,13 @@ class BlockingTransport:
             assert connection.sock is not None
             connection.sock.settimeout(request.silence)
             is_sent = _write(connection, request, self._address)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise ConnectionBroken(_reason(error)) from None
+        except BaseException:
+            connection.close()
+            raise
+        try:
             response = connection.getresponse()
         except _BROKEN as error:
             connection.close()

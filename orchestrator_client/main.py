@@ -7,9 +7,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator_client.command_table import COMMANDS, module_of, overview, parser_of
+from orchestrator_client.command_table import (
+    COMMANDS,
+    OPERATOR_COMMANDS,
+    module_of,
+    overview,
+    parser_of,
+)
 from orchestrator_client.exit_codes import BROKEN_PIPE, DONE, INTERRUPTED, USAGE
 
+_OTHER_NAMES = {
+    **{"list": "ls", "ps": "ls", "status": "show", "info": "show", "kill": "cancel"},
+    **{"stop": "cancel", "terminate": "cancel", "rm": "delete", "download": "get"},
+    **{"upload": "submit", "log": "logs", "tail": "logs"},
+}
 _LEADING_OPTIONS = ("--url", "--profile", "--token-file", "--patience")
 
 
@@ -27,7 +38,18 @@ def is_for_users(arguments: Sequence[str]) -> bool:
         return False
     if arguments[0] in ("-h", "--help", "help") or arguments[0] in COMMANDS:
         return True
-    return arguments[0].partition("=")[0] in _LEADING_OPTIONS
+    if arguments[0].partition("=")[0] in _LEADING_OPTIONS:
+        return True
+    return bool(_nearest(arguments[0]))
+
+
+def _nearest(word: str) -> list[str]:
+    """Return the command for users that was perhaps meant by a word that is no command."""
+    if word.startswith("-") or word in OPERATOR_COMMANDS:
+        return []
+    import difflib
+
+    return difflib.get_close_matches(_OTHER_NAMES.get(word, word), COMMANDS, 1, 0.7)
 
 
 def application() -> Path:
@@ -77,7 +99,8 @@ def _run_command(arguments: list[str]) -> int:
         return DONE
     name, *rest = arguments
     if name not in COMMANDS:
-        sys.stderr.write(f"orchestrator: there is no command {name!r}; see --help\n")
+        meant = "".join(f"; did you mean {word}?" for word in _nearest(name))
+        sys.stderr.write(f"orchestrator: there is no command {name!r}{meant}\n")
         return USAGE
     from orchestrator_client import failures
 

@@ -46,18 +46,21 @@ class NonblockingTransport:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_SECONDS, sock_read=request.silence
         )
+        body = None if request.body is None else _SentBody(request.body)
         try:
             response = await self._session.request(
                 request.method,
                 self._url(request),
                 headers=headers,
-                data=None if request.body is None else _pieces(request.body),
+                data=None if body is None else body.pieces(),
                 timeout=timeout,
                 allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ConnectionFailed(_reason(error), _is_final(error)) from None
         except (aiohttp.ClientError, OSError) as error:
+            if body is not None and body.failure is not None:
+                raise body.failure from None
             raise ConnectionBroken(_reason(error)) from None
         return _NonblockingAnswer(response)
 
@@ -104,11 +107,25 @@ class _NonblockingAnswer:
             self._response.close()
 
 
-async def _pieces(body: Body) -> AsyncIterator[bytes]:
-    """Read a body in a thread, a piece at a time."""
-    pieces = body.pieces()
-    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-        yield piece
+class _SentBody:
+    """A body that is read in a thread, a piece at a time.
+
+    What goes wrong with it is kept: to aiohttp it is one more reason why a connection breaks.
+    """
+
+    def __init__(self, body: Body) -> None:
+        self.failure: Exception | None = None
+        self._body = body
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yield it from its start."""
+        pieces = self._body.pieces()
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+        except Exception as failure:
+            self.failure = failure
+            raise
 
 
 def _reason(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,30 @@ async def test_agents_services_events_and_config(program: Program, server: Serve
     page = (await program.run("open", str(job_id), "--print")).out.strip()
     assert page == f"{server.url}/ui/#/jobs/{job_id}"
     assert (await curl(page)).status == 200
+
+
+async def test_a_command_that_does_not_exist(program: Program) -> None:
+    for word, meant in (("list", "ls"), ("submitt", "submit"), ("kill", "cancel")):
+        done = await program.run(word, "7")
+        assert done.code == 2 and f"did you mean {meant}?" in done.error, done
+    assert (await program.run("xyzzy")).code == 2
+    assert "--host" in (await program.run("serve", "--help")).out
+
+
+async def test_what_there_is_of_a_job_that_runs(program: Program, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    _write(
+        program.directory, run_sh=f"echo so far > half; until [ -e '{gate}' ]; do sleep 0.05; done"
+    )
+    (job_id,) = await program.ids("submit", "run.sh")
+    process = await program.start("logs", "-f", "last")
+    deadline = time.monotonic() + 30
+    while not (program.directory / f"job-{job_id}" / "half").exists():
+        assert time.monotonic() < deadline
+        await program.run("get", "last", "--partial")
+    gate.touch()
+    assert await process.wait() == 0
+    assert (await program.run("get", "last")).code == 0
 
 
 async def test_the_server_is_not_there(program: Program) -> None:

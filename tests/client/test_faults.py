@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
 
-from orchestrator_client import AsyncClient, Client, JobFilter, Submission
+from orchestrator_client import AsyncClient, Client, JobFilter, Submission, UnusableFile
 from tests.client.program import Program
 from tests.faults.proxy import FaultyProxy
 from tests.faults.test_disks import small_disk
@@ -109,6 +110,29 @@ async def test_a_stream_that_can_be_read_once_is_sent_again_whole(server: Server
         job_id = await submitting
         await filling
     assert (await server.result(job_id)).read("data") == content
+
+
+class _Worn(io.BytesIO):
+    """A file on a disk that can't be read to its end."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read, or fail past the first megabyte."""
+        if self.tell() > _MB:
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+async def test_a_file_that_can_not_be_read_ends_the_upload_at_once(server: Server) -> None:
+    def submit() -> None:
+        with Client(server.url, user_id=1, patience=600) as client:
+            client.submit("example", [("run.sh", b"exit 0"), ("data", _Worn(bytes(5 * _MB)))])
+
+    with pytest.raises(UnusableFile, match="input/output error"):
+        await asyncio.to_thread(submit)
+    async with AsyncClient(server.url, user_id=1, patience=600) as client:
+        with pytest.raises(UnusableFile, match="input/output error"):
+            await client.submit("example", [("run.sh", b"exit 0"), ("data", _Worn(bytes(5 * _MB)))])
+    assert await _jobs(server) == []
 
 
 # --- waiting and following --------------------------------------------------------
