@@ -39,7 +39,7 @@ _ROOT_NOTE = "jobs run as root, which can undo it: start the agent with --job-us
 _NO_ISOLATION = "jobs can read and write what the agent's user can"
 _PODMAN_SECONDS = 60.0
 _HAD_CONTAINERS = "had-containers"
-_PODMAN_RUNTIMES = (None, "crun", "runc")
+_SOME_LIMITS = Allotment(cpus=1, memory=256 * 1024 * 1024)
 _TRIED_AT_START = (IsolationKind.LANDLOCK, IsolationKind.BUBBLEWRAP)
 _PROBLEMS: Mapping[IsolationKind, Callable[[], str | None]] = {
     IsolationKind.LANDLOCK: landlock.problem,
@@ -82,7 +82,7 @@ class Isolator:
         self._problems: dict[IsolationKind, str] = {}
         self._network_problems: dict[IsolationKind, str] = {}
         self._image_problems: dict[Isolation, str | None] = {}
-        self._podman_runtime: str | None = None
+        self._podman_way = podman.WAYS[0]
         self._given_out: set[int] = set()
 
     # --- what can be given
@@ -229,7 +229,7 @@ class Isolator:
                 return bubblewrap.enclose(confinement, self._reach)
             case IsolationKind.PODMAN:
                 (self._workdir / _HAD_CONTAINERS).touch()
-                return podman.enclose(confinement, self._podman_runtime)
+                return podman.enclose(confinement, self._podman_way)
             case IsolationKind.WRAPPER:
                 return wrapper.enclose(confinement)
             case _:
@@ -269,16 +269,22 @@ class Isolator:
             return "the kernel's Landlock has no rules for it, or there is no system call filter"
         return self._tried(Isolation(kind, network=False))
 
-    def _tried(self, isolation: Isolation) -> str | None:
+    def _tried(self, isolation: Isolation, allotment: Allotment | None = None) -> str | None:
         users = self._settings.users
         user = None if users is None else users.some()
         with trial_place(self._workdir, user) as place:
             variables = _variables_of(user, place)
-            confinement = Confinement(isolation, place, user=user, variables=variables)
+            confinement = Confinement(
+                isolation,
+                place,
+                user=user,
+                allotment=allotment or Allotment(),
+                variables=variables,
+            )
             return problem_of(place, self._enclose(confinement), self._environment)
 
     def _problem_with_image(self, isolation: Isolation) -> str | None:
-        """Try an image out, with each runtime until one works; the answer is kept if it is good."""
+        """Try an image out, in each way until one works; the answer is kept if it is good."""
         if self._image_problems.get(isolation, "untried") is None:
             return None
         assert isolation.image is not None
@@ -287,10 +293,13 @@ class Isolator:
                 f"the image {isolation.image} is not on this machine: podman pull {isolation.image}"
             )
         problem: str | None = None
-        for runtime in dict.fromkeys((self._podman_runtime, *_PODMAN_RUNTIMES)):
-            self._podman_runtime = runtime
-            problem = self._tried(isolation)
+        for way in dict.fromkeys((self._podman_way, *podman.WAYS)):
+            self._podman_way = way
+            problem = self._tried(isolation, _SOME_LIMITS)
             if problem is None:
+                event(
+                    log, "image", image=isolation.image, runtime=way.runtime, limits=way.has_limits
+                )
                 break
         self._image_problems[isolation] = problem
         return problem

@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.isolation.base import Confinement, Enclosure, Place
@@ -39,13 +40,32 @@ def gaps() -> list[str]:
     return []
 
 
-def enclose(confinement: Confinement, runtime: str | None = None) -> Enclosure:
-    """Say how a job is started in a container; ``runtime`` None is podman's own choice."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How podman works on a machine: with which runtime (None: its own choice), with limits or not.
+
+    Limits of memory and processors need control groups that its user may use.
+    """
+
+    runtime: str | None = None
+    has_limits: bool = True
+
+
+WAYS = (Way(), Way("crun"), Way("runc"), *(Way(name, False) for name in (None, "crun", "runc")))
+"""In the order in which they are tried."""
+
+
+def enclose(confinement: Confinement, way: Way) -> Enclosure:
+    """Say how a job is started in a container."""
     place, isolation, user = confinement.place, confinement.isolation, confinement.user
     allotment, job = confinement.allotment, str(place.job)
     variables = {**confinement.variables, "TMPDIR": "/tmp"}
     argv = [
-        *(_PROGRAM, "--log-level=error", *(() if runtime is None else ("--runtime", runtime))),
+        *(
+            _PROGRAM,
+            "--log-level=error",
+            *(() if way.runtime is None else ("--runtime", way.runtime)),
+        ),
         *("run", "--rm", "--read-only", "--pull=never", "--name", container_name(place)),
         *("--label", f"{_LABEL}={_workdir_digest(place.attempt.parent)}"),
         *("--user", "0:0" if user is None else f"{user.uid}:{user.gid}"),
@@ -56,9 +76,9 @@ def enclose(confinement: Confinement, runtime: str | None = None) -> Enclosure:
         *_bind(job, job),
         *_bind(str(place.temporary), "/tmp"),
     ]
-    if allotment.cpus is not None:
+    if allotment.cpus is not None and way.has_limits:
         argv.append(f"--cpus={allotment.cpus}")
-    if allotment.memory is not None:
+    if allotment.memory is not None and way.has_limits:
         argv.append(f"--memory={allotment.memory}")
     if allotment.gpus:
         argv += [f"--device={device}" for device in gpu_devices()]
