@@ -446,6 +446,7 @@ class Settings:
     services: Mapping[str, ServiceLimits] = field(
         default_factory=lambda: MappingProxyType({"example": ServiceLimits()})
     )
+    config_file: str | None = None  # from which some of them are
 
     def isolations(self) -> dict[str, Isolation]:
         """Return, by service, what agents must be asked for before they get its jobs."""
@@ -542,7 +543,8 @@ def load(
     for service, limits in services.items():
         if problem := limits.asked_isolation().problem():
             raise ConfigError(f"service {service}: {problem}")
-    return Settings(**values, services=MappingProxyType(services))
+    file = None if config_file is None else str(config_file.absolute())
+    return Settings(**values, services=MappingProxyType(services), config_file=file)
 
 
 def is_loopback(host: str) -> bool:

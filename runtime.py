@@ -34,6 +34,12 @@ PASSED_VARIABLES = frozenset(
 )
 PASSED_PREFIXES = ("LC_",)
 
+CONTAINER_VARIABLES = (
+    *("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "DBUS_SESSION_BUS_ADDRESS"),
+    *("CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF", "CONTAINERS_REGISTRIES_CONF"),
+)
+"""Where an agent's podman finds its images and settings; no job sees them."""
+
 _APPLICATION = Path(__file__).parent
 """The folder that holds the program, in a clone as where pip has put it."""
 
@@ -48,8 +54,14 @@ def program(*arguments: str) -> list[str]:
     return [sys.executable, str(_APPLICATION / "orchestrator.py"), *arguments]
 
 
+def agent_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Return what an embedded agent may see of an environment: nothing secret."""
+    containers = {name: own[name] for name in CONTAINER_VARIABLES if name in own}
+    return {**inherited_environment(own), **containers}
+
+
 def inherited_environment(own: Mapping[str, str]) -> dict[str, str]:
-    """Return what an embedded agent and jobs may see of an environment: nothing secret."""
+    """Return what jobs may see of an environment."""
     return {
         name: value
         for name, value in own.items()

@@ -57,12 +57,14 @@ async def _run_agent(url: str, settings: Settings, token: str) -> int:
         command += ["--allow-root-jobs"]
     for suffix in ("", "-wal", "-shm", "-journal"):
         command += ["--hide", f"{settings.db_path}{suffix}"]
+    if settings.config_file is not None:  # a token may be in it
+        command += ["--hide", settings.config_file]
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
         # whoever reads the server's output must not wait for the agent to end it
         stdout=asyncio.subprocess.DEVNULL,
-        env=runtime.inherited_environment(os.environ),
+        env=runtime.agent_environment(os.environ),
         # Ctrl-C in the terminal is for the server, which then stops the agent
         start_new_session=True,
     )

@@ -225,10 +225,12 @@ class LocalExecution(Execution):
     async def _cleaned(self, ended: Exit) -> Exit:
         self._allotments.give_back(self._directory.path)
         if ended.kind is not ExitKind.EXITED:
-            await asyncio.to_thread(
-                self._isolator.clean_up, self._directory.assign.isolation, self._place
-            )
+            await self._clean_up()
         return ended
+
+    async def _clean_up(self) -> None:
+        isolation = self._directory.assign.isolation
+        await asyncio.to_thread(self._isolator.clean_up, isolation, self._place)
 
     def _last_moment(self) -> float | None:
         """Return when the time limit and the grace period are over, by CLOCK_MONOTONIC."""
@@ -262,6 +264,7 @@ class LocalExecution(Execution):
         record = exit_record(self._directory.path)
         if record is not None:
             return record
+        await self._clean_up()
         raise JobLost(f"the job's supervisor was killed {self._errors()}".strip())
 
     async def _end_by_force(self, kind: ExitKind) -> Exit:

@@ -17,15 +17,11 @@ from pathlib import Path
 
 from agent.isolation.base import Confinement, Enclosure, Place
 from agent.isolation.reach import gpu_devices
+from runtime import CONTAINER_VARIABLES
 
 _PROGRAM = "podman"
 _LABEL = "orchestrator.agent"
 _MAX_FILES, _MAX_PROCESSES = 1_048_576, 32_768  # what podman allows itself
-_OWN_VARIABLES = (
-    *("HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "DBUS_SESSION_BUS_ADDRESS"),
-    *("CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF", "CONTAINERS_REGISTRIES_CONF", "TMPDIR"),
-)
-"""Variables of the agent that tell podman where its images are; they do not reach the job."""
 
 
 def problem() -> str | None:
@@ -66,7 +62,9 @@ def enclose(confinement: Confinement, way: Way) -> Enclosure:
             "--log-level=error",
             *(() if way.runtime is None else ("--runtime", way.runtime)),
         ),
-        *("run", "--rm", "--read-only", "--pull=never", "--name", container_name(place)),
+        *("run", "--rm", "--read-only", "--pull=never"),
+        # the name is this attempt's alone: what has it was left by a trial, or by a start in vain
+        *("--replace", "--name", container_name(place)),
         *("--label", f"{_LABEL}={_workdir_digest(place.attempt.parent)}"),
         *("--user", "0:0" if user is None else f"{user.uid}:{user.gid}"),
         *("--cap-drop=all", "--security-opt=no-new-privileges", "--security-opt=label=disable"),
@@ -103,7 +101,8 @@ def container_name(place: Place) -> str:
 
 def own_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what of the agent's environment podman needs."""
-    return {name: environment[name] for name in _OWN_VARIABLES if name in environment}
+    names = ("HOME", "TMPDIR", *CONTAINER_VARIABLES)
+    return {name: environment[name] for name in names if name in environment}
 
 
 def removal(name: str) -> list[str]:
