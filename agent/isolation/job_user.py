@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.isolation.base import JobUser, Place
+from agent.isolation.base import CannotIsolate, JobUser, Place
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _LARGEST_UID = 2**32 - 2
@@ -34,12 +34,17 @@ class JobUsers:
         return self.account or JobUser(self.last, self.last)
 
     def free(self, taken: Iterable[int]) -> JobUser:
-        """Return the user of a new job; ``taken`` are the user ids of those that are here."""
+        """Return the user of a new job; ``taken`` are the user ids of those that are here.
+
+        Raises :class:`CannotIsolate` if there is no other.
+        """
         if self.account is not None:
             return self.account
         held = set(taken)
-        uid = next(uid for uid in range(self.first, self.last + 1) if uid not in held)
-        return JobUser(uid, uid)
+        for uid in range(self.first, self.last + 1):
+            if uid not in held:
+                return JobUser(uid, uid)
+        raise CannotIsolate(f"the jobs that are here have all user ids of {self.first}-{self.last}")
 
     def covers(self, uid: int) -> bool:
         """Whether a user id is one of jobs."""

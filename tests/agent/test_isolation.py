@@ -25,8 +25,16 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from agent.isolation import ruleset
 from tests.agent import escapes
-from tests.harness import POLL_SECONDS, AgentProcess, Server, curl, eventually
+from tests.harness import (
+    POLL_SECONDS,
+    AgentProcess,
+    Server,
+    curl,
+    eventually,
+    running_server,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -466,3 +474,33 @@ async def test_two_jobs_run_as_two_users(world: World) -> None:
     assert int(other) != owner
     assert {int(other), owner} <= set(range(escapes.UID + 1, escapes.UID + 21))
     assert psutil.Process(int(world.targets["VICTIM_PID"])).uids().real == owner
+
+
+@pytest.mark.skipif(ruleset.abi() == 0, reason="the kernel has no Landlock, the default")
+async def test_on_a_workstation_with_the_defaults_users_see_nothing_of_each_other() -> None:
+    directory = Path(tempfile.mkdtemp(prefix="isolation-", dir="/var/lib" if IS_ROOT else None))
+    settings = directory / "settings.toml"
+    settings.write_text("# a token could be in here\n")
+    defaults = {"ISOLATION": "auto"}
+    try:
+        async with running_server(
+            directory / "server", "--slots", "2", "--config", str(settings), environment=defaults
+        ) as server:
+            script = f"""
+            echo {_SECRET} > secret; echo "$ORCHESTRATOR_JOB_DIRECTORY"
+            while [ ! -e done ]; do sleep 0.1; done
+            """
+            anna = await server.upload(script, user=1)
+            await server.wait(anna, "Running")
+            (attempt,) = (server.directory / "orchestrator.db.agent" / "attempts").iterdir()
+            await eventually((attempt / "job" / "secret").exists, "the secret is there")
+            spied = [attempt / "job" / "secret", attempt / "attempt.json", settings]
+            spied += [server.database, Path(f"{server.database}-wal")]
+            tries = "\n".join(f"cat {path} > /dev/null 2>&1 && echo {path}" for path in spied)
+            boris = await server.upload(f"{tries}\nls {attempt.parent}\necho end", user=2)
+            printed = (await server.result(boris)).read("stdout.log")
+            (attempt / "job" / "done").touch()
+            await server.result(anna)
+    finally:
+        _remove(directory)
+    assert printed == b"end\n"

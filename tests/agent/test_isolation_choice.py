@@ -183,6 +183,21 @@ def test_each_job_has_a_user_of_its_own_until_it_is_gone() -> None:
     ]
 
 
+def test_no_two_jobs_share_a_user() -> None:
+    users = job_user.parsed("61000-61002", slots=2)
+    with pytest.raises(CannotIsolate, match="have all user ids of 61000-61002"):
+        users.free((61000, 61001, 61002))
+
+
+def test_what_an_agent_is_told_by_name_it_gives_or_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = IsolationSettings(IsolationKind.BUBBLEWRAP, are_root_jobs_allowed=True)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(CannotIsolate, match=r"--isolation bubblewrap: bwrap is not installed"):
+        Isolator(tmp_path, settings, {}).try_out()
+
+
 async def test_an_agent_says_at_its_start_what_it_can_not_do(tmp_path: Path) -> None:
     program = ("agent", "--server", "http://127.0.0.1:1", "--workdir")
     for arguments, message in (
