@@ -25,7 +25,7 @@ log = logging.getLogger("orchestrator.fleet")
 _HELLO_SECONDS = 10.0
 _FINISH_SECONDS = 2.0
 _MAX_REASON_CHARACTERS = 500  # of what an agent may say about an attempt that waits
-_STANDSTILL_SECONDS = 1.0
+_STEPS_OF_A_HEARTBEAT = 4
 _READ_TRIES = 3
 _READ_AGAIN_SECONDS = 1.0
 _MAX_TEXT_LENGTH = 2 * 1024 * 1024  # a hello with ten thousand attempts has about one of them
@@ -137,17 +137,21 @@ class Session:
                 self._take_message(codec.decode(frame))
 
     async def _watch_silence(self) -> None:
-        """End a half-open connection: nothing came for some heartbeats."""
-        limit = _SILENT_HEARTBEATS * self._connection.heartbeat_seconds()
+        """End a half-open connection: nothing came for some heartbeats.
+
+        Counted in steps of time in which the server listened. If it stood still (a paused
+        machine), what has come meanwhile is read in the steps that follow.
+        """
+        heartbeat = self._connection.heartbeat_seconds()
+        limit, step = _SILENT_HEARTBEATS * heartbeat, heartbeat / _STEPS_OF_A_HEARTBEAT
         loop = asyncio.get_running_loop()
-        while (left := self._connection.heard_at + limit - loop.time()) > 0:
+        heard_at, silent = self._connection.heard_at, 0.0
+        while silent < limit:
             before = loop.time()
-            await asyncio.sleep(left)
-            overslept = loop.time() - before - left
-            if overslept > _STANDSTILL_SECONDS:
-                # the server stood still (a paused machine): what came meanwhile is not read yet
-                heard_at = loop.time() - limit + self._connection.heartbeat_seconds()
-                self._connection.heard_at = max(self._connection.heard_at, heard_at)
+            await asyncio.sleep(step)
+            silent += min(loop.time() - before, 2 * step)
+            if self._connection.heard_at != heard_at:
+                heard_at, silent = self._connection.heard_at, 0.0
         event(log, "agent_silent", level=logging.WARNING, agent=self._agent.name, seconds=limit)
         raise _ConnectionEnded
 

@@ -347,3 +347,26 @@ async def test_a_second_agent_of_one_identity_is_refused_while_the_first_lives(
     await eventually(lambda: "already connected" in second.log(), "the copy is told why")
     await first.kill()
     await second.wait_connected()
+
+
+async def test_a_server_that_was_stopped_for_longer_than_the_lease_restarts_nothing(
+    bare_server: Server, new_agent: NewAgent, tmp_path: Path
+) -> None:
+    witness, go = tmp_path / "witness", tmp_path / "go"
+    holder, idle = new_agent("holder"), new_agent("idle")
+    await holder.start()
+    await holder.wait_connected()
+    script = f"echo x >> {witness}; while [ ! -e {go} ]; do sleep 0.05; done; echo done > out"
+    job_id = await bare_server.upload(script)
+    await eventually(lambda: lines(witness) == ["x"], "it runs")
+    await idle.start()
+    await idle.wait_connected()
+    for _ in range(2):
+        os.kill(bare_server.pid, signal.SIGSTOP)
+        await asyncio.sleep(4)  # the fault: longer than the lease of three seconds
+        os.kill(bare_server.pid, signal.SIGCONT)
+        assert (await curl(f"{bare_server.url}/health")).status == 200
+    go.touch()
+    assert (await bare_server.result(job_id)).read("out") == b"done\n"
+    assert lines(witness) == ["x"]
+    assert bare_server.transitions(job_id).count("Processing") == 1
