@@ -61,6 +61,7 @@ class Frame {
     this._page = null;
     this._where = '';
     this._isLoggingIn = false;
+    this._isListening = false;
   }
 
   async start() {
@@ -89,9 +90,10 @@ class Frame {
       return;
     }
     this._drawNavigation();
+    const shown = this._show();
+    this._listen();
     void this._learnVersion();
-    this._app.live.restart();
-    await this._show();
+    await shown;
   }
 
   async _logIn() {
@@ -194,7 +196,13 @@ class Frame {
       if (isConnected) banner.hidden = true;
       else timer = setTimeout(() => { banner.hidden = this._isLoggingIn; }, BANNER_DELAY_MS);
     });
-    void this._app.live.run();
+  }
+
+  /** Hear of what happens, as whoever we are now. */
+  _listen() {
+    if (this._isListening) this._app.live.restart();
+    else void this._app.live.run();
+    this._isListening = true;
   }
 }
 
