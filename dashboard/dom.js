@@ -115,8 +115,14 @@ export function keyed(parent, items, keyOf, make, update) {
   }
   /** @type {Element | null} */
   let next = parent.firstElementChild;
+  /** @type {Map<string, number>} */
+  const used = new Map();
   for (const item of items) {
-    const key = String(keyOf(item));
+    const wanted = String(keyOf(item));
+    const before = used.get(wanted) ?? 0;
+    used.set(wanted, before + 1);
+    // what has the same key as another is told apart by its order
+    const key = before === 0 ? wanted : `${wanted} ${before}`;
     let element = there.get(key);
     there.delete(key);
     if (element === undefined) {

@@ -52,7 +52,7 @@ export interface Isolation {
 }
 
 export interface Agent {
-  name: string; id: string; version: string | null; services: string[] | null;
+  name: string; id: string | null; version: string | null; services: string[] | null;
   slots: number; busy: number; jobs: number[]; is_connected: boolean; is_drained: boolean;
   heartbeat_age: number | null; load: number | null; connected_since: string | null;
   address: string | null; lease_left: number | null;

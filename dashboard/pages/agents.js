@@ -117,7 +117,7 @@ function drainButton(app, agent, load) {
     title: agent.is_drained ? 'Give it jobs again' : 'It finishes what it holds and gets nothing new',
     on: { click: async () => {
       try {
-        await app.api.post(`agents/${encodeURIComponent(agent.id)}/${action}`);
+        await app.api.post(`agents/${encodeURIComponent(agent.id ?? agent.name)}/${action}`);
         note(icon('check'), agent.is_drained ? `${agent.name} gets jobs again.` : `${agent.name} gets no new jobs.`);
         load();
       } catch (error) {

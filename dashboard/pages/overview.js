@@ -194,7 +194,7 @@ class Overview {
       return;
     }
     if (this._agentRows.firstElementChild?.matches('.quiet')) this._agentRows.replaceChildren();
-    keyed(this._agentRows, this._agents.slice(0, 8), (agent) => agent.id, makeAgentRow, updateAgentRow);
+    keyed(this._agentRows, this._agents.slice(0, 8), (agent) => agent.id ?? agent.name, makeAgentRow, updateAgentRow);
   }
 }
 

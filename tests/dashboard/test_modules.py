@@ -135,6 +135,29 @@ async def test_a_buffer_of_lines_is_bounded_and_shows_what_a_terminal_would(page
     assert 100_000 < kept[1] <= 200_000
 
 
+async def test_lists_keep_their_elements_and_have_one_for_each_item(page: Page) -> None:
+    shown = await call(
+        page,
+        "dom",
+        """(() => {
+            const list = document.createElement('ul');
+            const show = items => m.keyed(list, items, item => item[0],
+                ([key, text]) => m.h('li', {}, text),
+                (element, [key, text]) => m.setText(element, text));
+            show(x[0]);
+            const kept = list.children[1];
+            for (const items of x.slice(1)) show(items);
+            return [[...list.children].map(child => child.textContent), kept === list.children[0]];
+        })()""",
+        [
+            [["a", "1"], ["b", "2"], ["c", "3"]],
+            [["b", "4"], ["same", "5"], ["same", "6"]],
+            [["b", "7"], ["same", "8"], ["same", "9"], ["d", "10"]],
+        ],
+    )
+    assert shown == [["7", "8", "9", "10"], True]
+
+
 async def test_what_needs_attention_is_found_and_the_worst_comes_first(page: Page) -> None:
     agent = {"id": "1", "name": "node7", "is_connected": True, "is_drained": False, "busy": 0}
     service = {"name": "fold", "is_configured": True, "queued": 0, "active": 0, "agents": ["node7"]}
