@@ -240,14 +240,14 @@ class Dispatcher:
             reserved[agent_id] = before.at_least(demand.resources)
         agents = {self._roster[agent_id]: needed for agent_id, needed in reserved.items()}
         for agent, needed in agents.items():
-            agent.reserved.append(needed)
+            agent.reserve(needed)
             self._roster.changed(agent)
         self._tasks.create_task(self._assign(decision, agents), name=f"assign {decision.queue}")
 
     async def _assign(self, decision: Decision, agents: Mapping[Agent, Resources]) -> None:
         assignment = await self._begin_next(decision, agents)
         for agent, needed in agents.items():
-            agent.reserved.remove(needed)
+            agent.release(needed)
         if assignment is None:
             self._queue.take_back(decision)
         else:

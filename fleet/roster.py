@@ -71,7 +71,8 @@ class Agent:
     resources: Resources | None = None  # None: it did not say; a core for each slot
     services: frozenset[str] | None = None
     connection: Connection | None = None
-    reserved: list[Resources] = field(default_factory=list)  # for jobs that are on their way
+    reserved: int = 0  # slots for jobs that are on their way
+    in_use: Resources = NO_RESOURCES  # by jobs that it holds, or that are on their way
     attempts: dict[int, Attempt] = field(default_factory=dict)
     version: str | None = None
     is_drained: bool = False
@@ -94,20 +95,25 @@ class Agent:
 
     def busy(self) -> int:
         """Return how many slots are in use."""
-        return len(self.reserved) + len(self.attempts)
+        return self.reserved + len(self.attempts)
 
     def total(self) -> Resources:
         """Return what it has for jobs."""
         return self.resources or Resources(self.slots)
 
-    def used(self) -> Resources:
-        """Return what its jobs have of it."""
-        held = (attempt.demand.resources for attempt in self.attempts.values())
-        return sum((*self.reserved, *held), NO_RESOURCES)
+    def reserve(self, needed: Resources) -> None:
+        """Keep a slot and some of what it has for a job that is on its way."""
+        self.reserved += 1
+        self.in_use += needed
+
+    def release(self, needed: Resources) -> None:
+        """The job came, as an attempt, or will not come."""
+        self.reserved -= 1
+        self.in_use -= needed
 
     def capacity(self) -> Capacity:
         """Return what it has for jobs, and has free."""
-        total, used = self.total(), self.used()
+        total, used = self.total(), self.in_use
         load = max(self.busy() / self.slots, used.cpus / max(total.cpus, 1))
         return Capacity(self.offered, total, total - used, self.free_slots(), load)
 
@@ -161,7 +167,7 @@ class Agent:
             slots=self.slots,
             busy=self.busy(),
             resources=self.total(),
-            used=self.used(),
+            used=self.in_use,
             jobs=tuple(attempt.job for attempt in self.attempts.values()),
             is_connected=connection is not None,
             is_drained=self.is_drained,
@@ -332,6 +338,7 @@ class Roster:
     def hold(self, agent: Agent, attempt: Attempt) -> None:
         """The attempt is the agent's from now on."""
         agent.attempts[attempt.id] = attempt
+        agent.in_use += attempt.demand.resources
         self._holders[attempt.job.id] = agent, attempt
 
     def forget(self, agent: Agent, attempt: Attempt) -> None:
@@ -340,6 +347,7 @@ class Roster:
         if holder is not None and holder[1] is attempt:
             del self._holders[attempt.job.id]
         if agent.attempts.pop(attempt.id, None) is not None:
+            agent.in_use -= attempt.demand.resources
             self.changed(agent)
         attempt.ended.set()
 

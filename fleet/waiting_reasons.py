@@ -63,7 +63,7 @@ def _why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) 
     with_slot = [agent for agent in able if agent.free_slots() > 0]
     if not with_slot:
         return "all slots busy"
-    free = [agent.total() - agent.used() for agent in with_slot]
+    free = [agent.total() - agent.in_use for agent in with_slot]
     if any(needed.fits(resources) for resources in free):
         return None
     names = sorted(agent.name for agent in with_slot)
