@@ -18,8 +18,6 @@ from agent.executors.slurm_commands import SlurmSilent, Standing
 from agent.executors.slurm_execution import EXECUTOR_NAME, SlurmExecution
 from agent.executors.slurm_host import SubmitHost
 from agent.executors.slurm_records import name_in
-from agent.isolation.base import CannotIsolate
-from agent.settings import AgentRefused
 from jobs import (
     MAX_CPUS,
     MAX_GPUS,
@@ -45,11 +43,8 @@ class SlurmExecutor(Executor):
         self._host = host
 
     async def make_ready(self) -> None:
-        """Try out how jobs can be isolated."""
-        try:
-            await asyncio.to_thread(self._host.isolator.try_out)
-        except CannotIsolate as error:
-            raise AgentRefused(str(error)) from None
+        """Lay out the work directory, and try out how jobs can be isolated."""
+        await asyncio.to_thread(self._host.make_ready)
 
     def isolation_offers(self) -> tuple[IsolationOffer, ...]:
         """Return what is made of each kind of isolation."""
@@ -72,7 +67,6 @@ class SlurmExecutor(Executor):
 
     async def run(self) -> None:
         """Ask Slurm about all jobs, and look for the notices of the nodes."""
-        self._host.output.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self._host.watch.run()
 
     def resources(self) -> Resources:

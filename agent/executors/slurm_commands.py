@@ -68,20 +68,36 @@ _LATER = (
 )
 """Refusals that end by themselves, when other jobs have ended."""
 
+_TOO_MUCH = (
+    "requested node configuration is not available",
+    "memory specification can not be satisfied",
+    "more processors requested than permitted",
+    "requested time limit is invalid",
+    "requested gres option unsupported",
+    "invalid generic resource",
+    "cpu count per node can not be satisfied",
+)
+"""Refusals of what the job asks for, whoever asks."""
+
 
 class SlurmSilent(Exception):
     """Slurm gave no answer that says anything; the message says how."""
 
 
+class Refusal(enum.Enum):
+    """What Slurm refuses when it refuses a job."""
+
+    MORE_FOR_NOW = enum.auto()
+    WHAT_THE_JOB_ASKS = enum.auto()
+    HOW_WE_ASK = enum.auto()
+
+
 class SubmissionRefused(Exception):
-    """sbatch was told no; the message is Slurm's own.
+    """sbatch was told no; the message is Slurm's own."""
 
-    ``is_temporary``: it refuses more jobs for now, and not this one.
-    """
-
-    def __init__(self, message: str, is_temporary: bool) -> None:
+    def __init__(self, message: str, refusal: Refusal) -> None:
         super().__init__(message)
-        self.is_temporary = is_temporary
+        self.refusal = refusal
 
 
 class Standing(enum.Enum):
@@ -192,7 +208,7 @@ class SlurmCommands:
         message = done.message()
         if _says_any(message, _NOT_REACHED):
             raise SlurmSilent(message)
-        raise SubmissionRefused(message, is_temporary=_says_any(message, _LATER))
+        raise SubmissionRefused(message, _refusal_in(message))
 
     async def jobs(self) -> tuple[SlurmJob, ...]:
         """Return all our user's jobs that Slurm remembers. Raises :class:`SlurmSilent`.
@@ -317,6 +333,12 @@ def _parse_job(line: str) -> SlurmJob | None:
         return None
     number, state, name, node, reason = fields
     return SlurmJob(int(number), state.strip(), name, node.strip(), reason.strip())
+
+
+def _refusal_in(message: str) -> Refusal:
+    if _says_any(message, _LATER):
+        return Refusal.MORE_FOR_NOW
+    return Refusal.WHAT_THE_JOB_ASKS if _says_any(message, _TOO_MUCH) else Refusal.HOW_WE_ASK
 
 
 def _says_any(message: str, words: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution
 from agent.executors.records import usage_record
-from agent.executors.slurm_commands import SlurmSilent, Standing, SubmissionRefused
+from agent.executors.slurm_commands import Refusal, SlurmSilent, Standing, SubmissionRefused
 from agent.executors.slurm_ending import CONFIRM_SECONDS, Ending, now
 from agent.executors.slurm_host import SubmitHost
 from agent.executors.slurm_records import SlurmRecords
@@ -30,7 +30,6 @@ from runtime import PASSED_PREFIXES, PASSED_VARIABLES
 
 EXECUTOR_NAME = "slurm"
 
-_ON_NODE = Path(__file__).parents[1] / "supervision" / "on_node.py"
 _SETTLE_SECONDS = 5.0  # for a submission whose answer was lost to be seen by squeue
 _FIRST_RETRY_SECONDS = 5.0
 _LAST_RETRY_SECONDS = 120.0
@@ -71,7 +70,9 @@ class SlurmExecution(Execution):
         self._directory.claim(EXECUTOR_NAME)
         with self._watch.watching(self._path.name) as news:
             if self._records.number() is None:
-                await self._submit_once(command, on_reason)
+                refused = await self._submit_once(command, on_reason)
+                if refused is not None:
+                    return refused
             self._ending.since = now()
             while True:
                 news.clear()
@@ -83,11 +84,11 @@ class SlurmExecution(Execution):
                 on_reason(self._why_waiting())
                 await self._wait_for(news)
 
-    async def _submit_once(self, command: Command, on_reason: Callable[[str], None]) -> None:
-        """Have the job in Slurm once, whatever answers get lost."""
+    async def _submit_once(self, command: Command, on_reason: Callable[[str], None]) -> Exit | None:
+        """Have the job in Slurm once, whatever answers get lost; returns its end if refused."""
         is_new, name = self._records.take_name()
         if not is_new and await self._is_found(name):
-            return
+            return None
         self._records.write_order(self._host.enclosed(self._directory, command))
         pause = _FIRST_RETRY_SECONDS
         while True:
@@ -98,17 +99,21 @@ class SlurmExecution(Execution):
                         self._script(command), self._request(name, command).arguments()
                     )
             except SubmissionRefused as error:
-                if not error.is_temporary:
+                if error.refusal is Refusal.HOW_WE_ASK:
                     raise JobLost(f"Slurm refused the job: {error}") from None
+                if error.refusal is Refusal.WHAT_THE_JOB_ASKS:
+                    # of the job's own: no fault of this agent, and no better the next time
+                    message = f"Slurm refused the job: {error}"
+                    return Exit(ExitKind.ENDED_OUTSIDE, message=message)
                 on_reason(f"Slurm takes no more jobs for now: {error}")
             except SlurmSilent as error:
                 self._records.log("submission_unanswered", {"error": str(error)})
                 on_reason(f"not certain yet whether Slurm has the job: {error}")
                 if await self._is_found(name):
-                    return
+                    return None
             else:
                 self._note_number(number)
-                return
+                return None
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LAST_RETRY_SECONDS)
 
@@ -126,7 +131,7 @@ class SlurmExecution(Execution):
         limit = "by-us" if command.timeout_seconds is not None else "by-slurm"
         return batch_script(
             [
-                *(self._host.settings.python, "-E", "-s", "-S", str(_ON_NODE)),
+                *(self._host.settings.python, "-E", "-s", "-S", str(self._host.on_node)),
                 *(str(self._path), str(self._host.notices), limit, PREPARING_MODULE),
                 *(",".join(_PASSED_ON_NODE), ",".join(_PASSED_PREFIXES_ON_NODE)),
             ]

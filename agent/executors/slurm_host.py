@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.attempt_directory import AttemptDirectory
+from agent.executors import node_program
 from agent.executors.base import Command
 from agent.executors.slurm_commands import SlurmCommands
 from agent.executors.slurm_watch import SlurmWatch
@@ -15,6 +16,8 @@ from agent.isolation.base import Allotment, CannotIsolate, Place
 from agent.isolation.choice import Isolator
 from agent.job_environment import gpu_variables
 from agent.outcomes import JobLost
+from agent.settings import AgentRefused
+from agent.workdir import unusable_refused
 
 _SUBMISSIONS_AT_A_TIME = 4
 
@@ -45,8 +48,23 @@ class SubmitHost:
         self.isolator = isolator
         self.notices = workdir / "notices"
         self.output = workdir / "slurm"
+        self.on_node: Path
+        self._workdir = workdir
         self.watch = SlurmWatch(commands, self.notices)
         self.submitting = asyncio.Semaphore(_SUBMISSIONS_AT_A_TIME)
+
+    def make_ready(self) -> None:
+        """Lay out the work directory, and try out how jobs can be isolated.
+
+        Raises :class:`AgentRefused`.
+        """
+        with unusable_refused(self._workdir):
+            self.output.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.on_node = node_program.install(self._workdir / "program")
+        try:
+            self.isolator.try_out()
+        except CannotIsolate as error:
+            raise AgentRefused(str(error)) from None
 
     def enclosed(self, directory: AttemptDirectory, command: Command) -> Command:
         """Make the directory ready for the job; returns what is to be run instead.

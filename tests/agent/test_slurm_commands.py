@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.executors.slurm_commands import (
+    Refusal,
     SlurmCommands,
     SlurmJob,
     SlurmRecord,
@@ -74,15 +75,15 @@ async def test_the_reason_of_a_job_that_waits_is_slurms(commands: SlurmCommands)
 
 
 async def test_a_refusal_is_told_in_slurms_own_words(commands: SlurmCommands) -> None:
-    for option, words in (
-        ("--partition=gpu", "invalid partition"),
-        ("--mem=999G", "Memory specification can not be satisfied"),
-        ("--gres=fpga:1", "Invalid generic resource"),
-        ("--no-such-option", "unrecognized option"),
+    for option, words, refusal in (
+        ("--partition=gpu", "invalid partition", Refusal.HOW_WE_ASK),
+        ("--mem=999G", "Memory specification can not", Refusal.WHAT_THE_JOB_ASKS),
+        ("--gres=fpga:1", "Invalid generic resource", Refusal.WHAT_THE_JOB_ASKS),
+        ("--no-such-option", "unrecognized option", Refusal.HOW_WE_ASK),
     ):
         with pytest.raises(SubmissionRefused, match=words) as refused:
             await commands.submit("#!/bin/sh\ntrue\n", [*_OPTIONS, option])
-        assert not refused.value.is_temporary
+        assert refused.value.refusal is refusal
 
 
 async def test_a_job_that_slurm_does_not_know_has_ended_and_one_it_can_not_tell_of_has_not(
@@ -146,7 +147,7 @@ async def test_a_full_slurm_refuses_for_now(stand_in: StandIn) -> None:
     )
     with pytest.raises(SubmissionRefused) as refused:
         await SlurmCommands(stand_in.environment).submit("#!/bin/sh\ntrue\n", _OPTIONS)
-    assert refused.value.is_temporary
+    assert refused.value.refusal is Refusal.MORE_FOR_NOW
 
 
 async def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
