@@ -94,11 +94,11 @@ class Blobs:
         They come in the pieces in which they are stored, not copied. Raises
         :class:`StoreDamaged` if they are not what was stored.
         """
-        return await self._file.read(lambda db: read_blob(db, blob_id, offset, size))
+        return await self._file.read_bulk(lambda db: read_blob(db, blob_id, offset, size))
 
     async def read_files(self, files: Sequence[StoredFile], offset: int) -> bytes:
         """Return some of the files' bytes, taken as one stream, from ``offset`` on."""
-        return await self._file.read(lambda db: read_stream(db, files, offset))
+        return await self._file.read_bulk(lambda db: read_stream(db, files, offset))
 
     @contextmanager
     def pinned(self, blob_id: int) -> Iterator[None]:

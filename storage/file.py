@@ -57,6 +57,8 @@ class DatabaseFile:
         self._lock = -1
         self._connections: list[Connection] = []
         self._idle_readers: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+        self._bulk = asyncio.Semaphore(READERS - 1)
+        self._long = asyncio.Semaphore(1)
         self._writer: Writer
         self.when_short_of_room: Callable[[], None] = lambda: None
 
@@ -107,6 +109,16 @@ class DatabaseFile:
     async def read_snapshot(self, function: Callable[[Database], T]) -> T:
         """Run a function whose statements all see one and the same state."""
         return await self.read(in_one_snapshot(function))
+
+    async def read_long(self, function: Callable[[Database], T]) -> T:
+        """Run one step of what takes many, such as a search: one at a time, the others first."""
+        async with self._long:
+            return await self.read_bulk(in_one_snapshot(function))
+
+    async def read_bulk(self, function: Callable[[Database], T]) -> T:
+        """Run a function that reads much, such as a download's: a reader stays free for others."""
+        async with self._bulk:
+            return await self.read(function)
 
     @asynccontextmanager
     async def _reader(self) -> AsyncIterator[Connection]:

@@ -56,7 +56,7 @@ class History:
             found = [transition_of(row) for row in rows]
             return found, found[-1].id if len(found) == limit else end
 
-        return await self._file.read_snapshot(operation)
+        return await self._file.read_long(operation)
 
     async def agent_changes_after(self, last_id: int, limit: int) -> list[AgentChange]:
         """Return the agent changes that follow one, oldest first."""

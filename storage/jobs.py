@@ -81,12 +81,12 @@ class Jobs:
         Looks at a bounded number of jobs, so a page may hold few or none and yet have a next.
         """
         top = LARGEST_ID if before is None else before
-        return await self._file.read_snapshot(lambda db: find_jobs(db, wanted, top, limit))
+        return await self._file.read_long(lambda db: find_jobs(db, wanted, top, limit))
 
     async def find_ids(self, wanted: JobFilter, before: int | None, limit: int) -> JobIds:
         """Return the ids of the jobs that :meth:`find` returns, for what is done to many."""
         top = LARGEST_ID if before is None else before
-        return await self._file.read_snapshot(lambda db: find_job_ids(db, wanted, top, limit))
+        return await self._file.read_long(lambda db: find_job_ids(db, wanted, top, limit))
 
     async def counts(self, wanted: JobFilter) -> Counter[JobState]:
         """Return how many of the jobs asked for are in each state; a state of none is not there.
@@ -99,7 +99,7 @@ class Jobs:
         counts: Counter[JobState] = Counter()
         before: int | None = LARGEST_ID
         while before is not None:
-            some, before = await self._file.read_snapshot(
+            some, before = await self._file.read_long(
                 partial(count_some, wanted=wanted, before=before)
             )
             counts += some

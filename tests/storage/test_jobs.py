@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -178,3 +180,31 @@ async def test_an_attempt_that_was_lost_leaves_no_outcome(store: Store) -> None:
     details = await store.jobs.details(job.id)
     assert details is not None
     assert details.summary.outcome is None
+
+
+async def test_a_replay_finds_what_is_asked_for_and_tells_how_far_it_looked(store: Store) -> None:
+    for user_id in (1, 2, 1, 2, 2):
+        await make_job(store, user_id=user_id)
+    found, examined = await store.history.transitions_after(0, 2, user_id=2)
+    assert ([event.job_id for event in found], examined) == ([2, 4], 4)
+    found, examined = await store.history.transitions_after(4, 2, user_id=2)
+    assert ([event.job_id for event in found], examined) == ([5], 5)
+    assert await store.history.transitions_after(0, 9, service="another") == ([], 5)
+    assert await store.history.transitions_after(5, 9) == ([], 5)
+
+
+async def test_searches_and_downloads_leave_a_reader_to_the_others(store: Store) -> None:
+    job = await make_job(store)
+    may_end = threading.Event()
+    heavy = [
+        asyncio.ensure_future(read(lambda _: may_end.wait(30)))
+        for _ in range(4)
+        for read in (store._file.read_long, store._file.read_bulk)
+    ]
+    try:
+        async with asyncio.timeout(20):
+            assert await store.jobs.owner_of(job.id) == 1
+        assert not any(task.done() for task in heavy)
+    finally:
+        may_end.set()
+        assert all(await asyncio.gather(*heavy))
