@@ -314,7 +314,7 @@ class Settings:
     host: str = _row(
         "127.0.0.1",
         _text,
-        "where it listens; any but a loopback address demands the token of agents",
+        "where it listens; on any but a loopback address the API needs tokens, see `TOKENS`",
         option="--host",
         reloadable=False,
     )

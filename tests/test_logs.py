@@ -84,6 +84,14 @@ def test_an_event_is_one_line_whatever_its_fields_hold() -> None:
     assert (fields["event"], fields["level"]) == ("assigned", "WARNING")
 
 
+def test_what_libraries_log_is_one_printable_line() -> None:
+    hostile = "a\r\nb\x85c\u2028d\x1b[31m\x9b2J"
+    made = logging.LogRecord("library", logging.INFO, "", 0, "said %s", (hostile,), None)
+    line = TextFormatter().format(made)
+    assert line.isprintable()
+    assert r"said a\r\nb\x85c\u2028d\x1b[31m\x9b2J" in line
+
+
 async def test_every_line_of_server_and_agents_is_json_if_asked_for(tmp_path: Path) -> None:
     async with running_server(
         tmp_path / "server", "--slots", "1", "--log-format", "json"

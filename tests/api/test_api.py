@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from api import application as api
 from dispatch import Dispatcher
 from jobs import MAX_PATH_BYTES
 from records import StoreFull
-from store import Store
+from store import Store, Upload
 from tests.api.in_process import ApiServer
 from tests.harness import Answer, Server, curl, eventually, running_server
 
@@ -403,4 +404,25 @@ async def test_health_says_unhealthy_when_nothing_can_be_written(
         response = await client.get("/health")
         assert response.status == 500
         assert json.loads(await response.text())["status"] == "unhealthy"
+    await store.close()
+
+
+async def test_an_error_of_our_own_in_an_upload_is_no_fault_of_the_client(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = await Store.open(str(tmp_path / "db"))
+
+    async def write(upload: Upload, data: bytes) -> None:
+        raise ValueError("a defect of ours")
+
+    monkeypatch.setattr(Upload, "write", write)
+    settings = config.SettingsInForce(config.Settings())
+    dispatcher = Dispatcher(store, settings)
+    application = api.make_application(store, dispatcher, settings, frozenset({"t" * 20}))
+    form = aiohttp.FormData({"user_id": "1", "service": "example"})
+    form.add_field("file", b"true", filename="run.sh")
+    async with TestClient(ApiServer(application)) as client:
+        response = await client.post("/upload", data=form)
+        assert response.status == 500
+        assert "internal error" in (await response.json())["message"]
     await store.close()
