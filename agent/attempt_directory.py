@@ -19,7 +19,7 @@ The directory's name is the attempt's id and the incarnation of the database tha
 Nothing is synced: all this is for a successor of the agent's process. After a restart of
 the machine an attempt counts as lost, unless its archive has the digest of its report.
 
-A little work on files is done at once, as it takes less time than the way to a thread and
+Small work on files is done at once, as it takes less time than the way to a thread and
 back; the rest in threads, so that heartbeats pass.
 """
 
@@ -142,7 +142,7 @@ class AttemptDirectory:
         return None
 
     def mark_to_be_killed(self) -> None:
-        """Have the job not start any more, or end, whoever sees this mark."""
+        """Have the job end, or never start, by whoever sees this mark."""
         plain_files.mark(self.path / "kill")
 
     def is_to_be_killed(self) -> bool:
@@ -173,7 +173,7 @@ class AttemptDirectory:
             raise JobLost("the machine was restarted before the job had finished")
 
     def remove(self) -> None:
-        """Remove everything; in a thread, unless little is there."""
+        """Remove everything; to be called in a thread, unless the job is known to be small."""
         # another name first: half a directory must not be taken for an attempt after a crash
         removed = self.path.with_name(f"{_REMOVED}{self.path.name}")
         with suppress(FileNotFoundError):

@@ -93,7 +93,7 @@ class Attempt:
             self._follower.send_rest(lambda: self._report_result(kept.result_offset))
 
     def disconnect(self) -> None:
-        """There is no connection any longer, and what came by it may have a gap."""
+        """The connection is over, and what came by it may have a gap."""
         self._follower.disconnect()
         while not self._input.empty():
             self._input.get_nowait()

@@ -41,7 +41,7 @@ class CapturedLog:
         self._trimmed = 0  # up to where the middle has been given back
 
     def size(self) -> int:
-        """Return how many bytes the job wrote; 0 if there is no such file (any more)."""
+        """Return how many bytes the job wrote; 0 if there is no such file."""
         status = self.status()
         return 0 if status is None else status.st_size
 
@@ -79,7 +79,7 @@ class CapturedLog:
         return b""
 
     def status(self) -> os.stat_result | None:
-        """Return the state of the file, None if there is none or if it is no file any more."""
+        """Return the state of the file, None if there is none, or no file of that name."""
         with suppress(OSError):
             status = self.path.lstat()
             return status if stat.S_ISREG(status.st_mode) else None

@@ -81,7 +81,7 @@ class WriteWatch:
             if mask & _IN_Q_OVERFLOW:
                 for is_written in self._waiting.values():
                     is_written.set()
-            # a watch that fired, or whose file is gone, is none any more
+            # a watch that fired, or whose file is gone, no longer exists
             elif is_written_or_none := self._waiting.pop(watch, None):
                 is_written_or_none.set()
 

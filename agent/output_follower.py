@@ -114,7 +114,7 @@ class Follower:
         self._is_written.set()
 
     def disconnect(self) -> None:
-        """There is no connection any more."""
+        """The connection is over."""
         self._outbox = None
 
     async def run(self) -> None:

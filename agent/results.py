@@ -54,7 +54,7 @@ class Result:
 
     @property
     def is_small(self) -> bool:
-        """Whether so little was left that it was archived in memory."""
+        """Whether what the job left was small enough to be archived in memory."""
         return self._in_memory is not None
 
     async def make(self, ended: Exit, usage: Usage | None = None) -> Finished:

@@ -48,7 +48,7 @@ def walk(top: Path) -> Iterator[Entry]:
     By one directory descriptor that goes down and, by way of "..", up again: neither the
     length of a path nor the depth of a tree matters. Names of files are read in portions, so
     their number does not matter either. An entry's descriptor is valid until the next entry
-    is asked for. What vanishes meanwhile is passed over, and a directory that is moved away
+    is asked for. What vanishes meanwhile is left out, and a directory that is moved away
     while it is read ends the walk, which would go on elsewhere.
     """
     try:

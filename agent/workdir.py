@@ -36,7 +36,7 @@ def unusable_refused(workdir: Path) -> Iterator[None]:
 
 
 async def lock(workdir: Path) -> int:
-    """Keep a second agent off the work directory; waits a little for one that is ending."""
+    """Keep a second agent off the work directory; waits a moment for one that is ending."""
     with unusable_refused(workdir):
         workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

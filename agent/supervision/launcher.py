@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from telemetry.logs import event
+
 log = logging.getLogger("orchestrator.launcher")
 
 _APPLICATION = Path(__file__).parents[2]  # from where "agent" can be imported
@@ -26,7 +28,7 @@ _CLOSE_SECONDS = 1.0
 _ASK_FOR_SUPERVISOR = b"supervisor"  # any byte would do; what counts is the socket with it
 _JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # see supervisor.py
 _WORD_BYTES = 16  # more than is ever said
-_MOST_IDLE = 16  # about 1 MB each; more jobs at a time than that are rarely little ones
+_MAX_IDLE = 16  # about 1 MB each; more jobs at a time than that are rarely small ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ class _Supervisor:
             self._rest()
 
     def _rest(self) -> None:
-        if len(self._idle) < _MOST_IDLE:
+        if len(self._idle) < _MAX_IDLE:
             self._idle.append(self)
         else:
             self.close()
@@ -202,7 +204,8 @@ class Launcher:
         What it was asked for and has not made is asked for again, by those who wait for it.
         """
         if self._fork_server is not None:
-            log.warning("event=fork_server_hangs pid=%d", self._fork_server.process.pid)
+            pid = self._fork_server.process.pid
+            event(log, "fork_server_hangs", level=logging.WARNING, pid=pid)
             self._fork_server.process.kill()
             self._end_fork_server()
 
@@ -241,10 +244,10 @@ class Launcher:
         if known is not None and known.process.poll() is None:
             return known
         if known is not None:
-            log.warning("event=fork_server_ended code=%d", known.process.returncode)
+            event(log, "fork_server_ended", level=logging.WARNING, code=known.process.returncode)
             self._end_fork_server()
         self._fork_server = self._start_fork_server()
-        log.info("event=fork_server_started pid=%d", self._fork_server.process.pid)
+        event(log, "fork_server_started", pid=self._fork_server.process.pid)
         return self._fork_server
 
     def _start_fork_server(self) -> _ForkServer:

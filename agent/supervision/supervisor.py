@@ -3,7 +3,8 @@
 ``forkserver.py`` forks it. It runs a program in ``DIR/job``, waits for it, sees to it
 that nothing of the tree survives, and leaves the exit record in ``DIR/exit``. The agent may
 die and come back meanwhile. Then it waits for the next job of the same agent process, if
-that still lives. It imports little, because there is one for every slot, and nothing of ours.
+that still lives. It imports little, because there is one for every slot, and nothing of ours
+but what is in this folder.
 
 Linux only: a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) becomes the parent of every
 orphan below it, so that a double fork or setsid() does not escape.
@@ -14,7 +15,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import signal
 import stat
 import sys
@@ -22,17 +22,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from agent.supervision import processes
+from agent.supervision.usage import Usage
+
 WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 """The signals that a supervisor waits for; they are blocked before it is forked."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 _JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # said to the agent
 _STORM_PAUSE = 0.002
-_MEMORY_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 16.0
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _REQUEST_BYTES = 64 * 1024
 _RECORD_BYTES = 256  # of every record; white space after JSON is no part of it
-_PROC_FILE_BYTES = 4096  # more than proc(5) has in the files that are read here
 _FOR_EVER = 365 * 24 * 3600.0
 _CANNOT_START = 127  # the shell's exit code for a program that can't be run
 
@@ -62,7 +62,7 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    identity = f"{os.getpid()} {_start_time('self')}"
+    identity = f"{os.getpid()} {processes.start_time('self')}"
     while request := _next_request(agent):
         order = json.loads(request)
         try:
@@ -101,7 +101,7 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     timeout = order["timeout"]
     deadline = None if timeout is None else time.monotonic() + timeout
     starter = _Starter(order["argv"], {**_inherited, **order["variables"]})
-    usage = _Usage(order["memory"])
+    usage = Usage(order["memory"])
     with _bound_to(order["cores"]):
         job = starter.start(prepare, order["preparation"])
     _tell(agent, _JOB_RUNS)
@@ -158,53 +158,6 @@ def _bound_to(cores: list[int] | None) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-class _Usage:
-    """What a job uses: CPU time, memory, time.
-
-    CPU time is that of all processes that were waited for, by their parents or by this process,
-    to which orphans come; only that of children of a parent that ignores SIGCHLD is missing. Memory
-    is the most that was seen in use at once, and at least what the largest process had.
-    """
-
-    def __init__(self, memory_limit: int | None) -> None:
-        self._limit = memory_limit
-        self._started_at = time.monotonic()
-        self._cpu_seconds = 0.0
-        self._peak_memory = 0
-        self._pause = _MEMORY_LOOK_SECONDS
-        self._next_look = self._started_at + self._pause
-
-    def add(self, spent: resource.struct_rusage) -> None:
-        """Count a process that has ended, with those that it had waited for."""
-        self._cpu_seconds += spent.ru_utime + spent.ru_stime
-        self._peak_memory = max(self._peak_memory, spent.ru_maxrss * 1024)
-
-    def until_next_look(self) -> float:
-        """Return in how many seconds the memory should be looked at."""
-        return max(0.0, self._next_look - time.monotonic())
-
-    def look(self) -> int | None:
-        """Look at the memory in use; returns how many bytes it is if that is over the limit."""
-        if self._limit is None:
-            # seldom for a job that runs long: nothing depends on it
-            self._pause = min(2 * self._pause, _LONGEST_LOOK_SECONDS)
-        pids = _tree()
-        used = sum(map(_resident, pids))
-        if self._limit is not None and used > self._limit:
-            used = sum(map(_proportional, pids))  # what they share counts once
-        self._peak_memory = max(self._peak_memory, used)
-        self._next_look = time.monotonic() + self._pause
-        return used if self._limit is not None and used > self._limit else None
-
-    def record(self) -> dict[str, object]:
-        """Return what is known at the end."""
-        return {
-            "cpu_seconds": round(self._cpu_seconds, 3),
-            "peak_memory": self._peak_memory,
-            "wall_seconds": round(time.monotonic() - self._started_at, 3),
-        }
-
-
 class _Starter:
     """Starts the program of a job in its directory.
 
@@ -230,7 +183,7 @@ class _Starter:
         Raises :class:`NotPrepared` if the preparation failed.
         """
         own = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-        # opened here: the thread may not reach them any more
+        # opened here: the thread may no longer reach them
         output = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         self._streams = [os.open(os.devnull, os.O_RDONLY)]
         self._streams += [os.open(name, output, 0o644) for name in ("stdout.log", "stderr.log")]
@@ -294,7 +247,7 @@ class _Starter:
         )
 
 
-def _wait(job: int, deadline: float | None, usage: _Usage) -> dict[str, object]:
+def _wait(job: int, deadline: float | None, usage: Usage) -> dict[str, object]:
     """Wait for the job, its limits or a request to end it, and say which it was."""
     while True:
         left = _FOR_EVER if deadline is None else max(0.0, deadline - time.monotonic())
@@ -331,7 +284,7 @@ def _record_of(status: int) -> dict[str, object]:
     return {"kind": "exited", "code": os.WEXITSTATUS(status)}
 
 
-def _reap(usage: _Usage) -> dict[int, int]:
+def _reap(usage: Usage) -> dict[int, int]:
     ended: dict[int, int] = {}
     while True:
         try:
@@ -353,7 +306,7 @@ def _has_children() -> bool:
     return True
 
 
-def _end_tree(grace: float, usage: _Usage) -> None:
+def _end_tree(grace: float, usage: Usage) -> None:
     """Leave no descendant alive: SIGTERM, the grace period, then SIGKILL until none is left."""
     deadline = time.monotonic() + grace
     terminated: set[int] = set()
@@ -381,7 +334,7 @@ def _signal_all(pids: set[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _descendants(usage: _Usage) -> set[int]:
+def _descendants(usage: Usage) -> set[int]:
     """Return all processes below this one, those of ours that ended being reaped first.
 
     A zombie that is not our child counts, for it may be a program whose first thread
@@ -390,95 +343,7 @@ def _descendants(usage: _Usage) -> set[int]:
     _reap(usage)
     if not _has_children():
         return set()
-    return _below()
-
-
-def _below() -> set[int]:
-    parents = {int(entry): _parent(entry) for entry in os.listdir("/proc") if entry.isdigit()}
-    own = os.getpid()
-    found: set[int] = set()
-    for pid in parents:
-        chain: list[int] = []
-        above = pid
-        while above in parents and above != own and above not in found:
-            chain.append(above)
-            above = parents[above]
-        if above == own or above in found:
-            found.update(chain)
-    return found
-
-
-def _tree() -> list[int]:
-    """Return the processes below this one, by the kernel's own lists of children (proc(5))."""
-    found: list[int] = []
-    pending = [os.getpid()]
-    try:
-        while pending:
-            pid = pending.pop()
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                for task in os.listdir(f"/proc/{pid}/task"):
-                    pending += map(int, _read_all(f"/proc/{pid}/task/{task}/children").split())
-            found.append(pid)
-    except OSError:
-        return list(_below())
-    return found[1:]
-
-
-def _resident(pid: int) -> int:
-    """Return how many bytes of a process are in memory, 0 if it is gone."""
-    try:
-        return int(_read(f"/proc/{pid}/statm").split()[1]) * _PAGE_BYTES
-    except (OSError, IndexError):
-        return 0
-
-
-def _proportional(pid: int) -> int:
-    """Return its share of the memory that it has, alone or with others; 0 if it is gone."""
-    try:
-        for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
-            if line.startswith(b"Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return _resident(pid)  # of another user, or a kernel without this file
-    return 0
-
-
-def _stat_fields(pid: str) -> list[bytes]:
-    # the command name, in parentheses, may itself hold spaces and parentheses
-    return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-
-
-def _parent(pid: str) -> int:
-    try:
-        return int(_stat_fields(pid)[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0  # it ended while /proc was read
-
-
-def _start_time(pid: str) -> int:
-    return int(_stat_fields(pid)[19])  # field 22 of proc(5), clock ticks since boot
-
-
-# Not with open(): file objects and their codecs would cost each supervisor half a megabyte.
-
-
-def _read(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.read(descriptor, _PROC_FILE_BYTES)
-    finally:
-        os.close(descriptor)
-
-
-def _read_all(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        pieces = []
-        while piece := os.read(descriptor, _PROC_FILE_BYTES):
-            pieces.append(piece)
-        return b"".join(pieces)
-    finally:
-        os.close(descriptor)
+    return processes.below()
 
 
 def _open_own(name: str) -> int:

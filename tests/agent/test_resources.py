@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -87,26 +87,34 @@ async def test_a_job_that_uses_more_memory_than_its_own_fails_and_says_so(
         await server.result(await server.upload(modest, service="tight"))
 
 
+@pytest.fixture
+async def patient_server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server that gives an agent all the time it needs to come back."""
+    environment = {"LEASE": "300"}
+    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
+        yield server
+
+
 async def test_usage_counts_the_whole_tree_and_survives_a_restart_of_the_agent(
-    bare_server: Server, new_agent: NewAgent, tmp_path: Path
+    patient_server: Server, tmp_path: Path
 ) -> None:
     go, witness = tmp_path / "go", tmp_path / "witness"
-    agent = new_agent("counting")
+    agent = AgentProcess(patient_server, "counting")
     await agent.start("--isolation", "none")
     # the grandchild is waited for by nobody but the supervisor
     burn = 'python3 -c "import time; x = bytearray(80 << 20)\nwhile time.process_time() < 1: pass"'
-    job_id = await bare_server.upload(
+    job_id = await patient_server.upload(
         f"(setsid bash -c '{burn}; echo burnt >> {witness}' &); echo runs >> {witness};"
         f" until [ -e {go} ]; do sleep 0.05; done"
     )
     await eventually(lambda: sorted(lines(witness)) == ["burnt", "runs"], "it has burnt", 60)
-    await bare_server.wait(job_id, "Running")
+    await patient_server.wait(job_id, "Running")
     await agent.kill()
     await agent.start("--isolation", "none")
     go.touch()
-    await bare_server.result(job_id)
+    await patient_server.result(job_id)
     used = "SELECT cpu_seconds, peak_memory, wall_seconds FROM attempt"
-    ((cpu_seconds, peak_memory, wall_seconds),) = bare_server.query(used)
+    ((cpu_seconds, peak_memory, wall_seconds),) = patient_server.query(used)
     assert 1 <= cpu_seconds < 60
     assert 80 << 20 <= peak_memory < 1 << 30
     assert wall_seconds >= 1
