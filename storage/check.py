@@ -24,7 +24,7 @@ from storage.schema import MIGRATIONS, damaged_objects, demand_ours
 from storage.uploads import checksum_of_request
 
 UNSEEN = (
-    "not seen: well-formed changes of messages, exit codes, usage, agents, tokens, keys,"
+    "not seen: well-formed changes of messages, exit codes, needs, usage, agents, tokens, keys,"
     " statistics, settings"
 )
 """What ``check`` can't find, in a line."""

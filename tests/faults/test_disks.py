@@ -161,6 +161,50 @@ async def test_after_a_failed_sync_nothing_is_answered_and_the_server_ends(tmp_p
         await server.check()
 
 
+async def test_damaged_bytes_end_a_download_as_broken_and_fail_the_job_that_needs_them(
+    bare_server: Server, tmp_path: Path
+) -> None:
+    server = bare_server
+    agent = AgentProcess(server, "one")
+    await agent.start()
+    try:
+        large = await server.upload("head -c 3000000 /dev/urandom > out")
+        small = await server.upload("echo small")
+        for job_id in (large, small):
+            await server.result(job_id)
+    finally:
+        await agent.kill()
+    waiting = await server.upload("true", {"data": bytes(100)})
+    also_waiting = await server.upload("true", {"data": bytes(500_000)})
+    with contextlib.closing(sqlite3.connect(server.database, isolation_level=None)) as db:
+        for blobs in (
+            f"SELECT result_blob FROM attempt WHERE job_id IN ({large}, {small})",
+            f"SELECT blob_id FROM input_file WHERE job_id IN ({waiting}, {also_waiting})",
+        ):
+            db.execute(
+                "UPDATE chunk SET data = zeroblob(length(data))"
+                f" WHERE id IN (SELECT max(id) FROM chunk WHERE id >> 20 IN ({blobs})"
+                " GROUP BY id >> 20)"
+            )
+    target = tmp_path / "result.zip"
+    code, _ = await run("curl", "-sS", "-o", str(target), f"{server.url}/download/{large}")
+    assert code != 0, "curl is told that the download is broken"
+    answer = await curl(f"{server.url}/download/{small}")
+    assert (answer.status, "damaged" in answer.json()["message"]) == (500, True)
+    agent = AgentProcess(server, "another")
+    await agent.start()
+    try:
+        for job_id in (waiting, also_waiting):
+            await server.wait(job_id, "Failed")
+        await server.result(await server.upload("true"))
+    finally:
+        await agent.kill()
+    code, output = await run(
+        sys.executable, str(PROJECT / "orchestrator.py"), "check", str(server.database)
+    )
+    assert (code, b"has another checksum" in output) == (1, True)
+
+
 async def _refusal(database: Path, *before: str) -> str:
     """Start a server that must refuse to start; returns what it says."""
     command = (sys.executable, str(PROJECT / "orchestrator.py"), "--no-agent", "--port", "0")
