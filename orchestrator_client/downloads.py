@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import tempfile
-import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import IO
@@ -18,11 +17,10 @@ from orchestrator_client.errors import (
     ServerUnavailable,
     UnexpectedAnswer,
 )
-from orchestrator_client.retries import Sender
+from orchestrator_client.retries import BrokenAnswers, Sender
 from orchestrator_client.transport import PIECE_BYTES, Answer, ConnectionBroken, Request
 from orchestrator_client.uploads import Progress
 
-_PAUSE_SECONDS = 0.3
 _SHA256_TAG = re.compile(r'"([0-9a-f]{64})"')
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-\d{1,19}/(\d{1,19})")
 
@@ -68,9 +66,8 @@ async def fetch(
 ) -> None:
     """Write what a path gives into an empty file, and check it. Raises as :func:`download`."""
     part = _Part(file, progress)
-    patient_until = time.monotonic() + sender.patience
+    breaks = BrokenAnswers(sender, "the download")
     while True:
-        before = part.done
         try:
             async with sender.answer(Request("GET", path, headers=part.headers())) as answer:
                 await sender.transport.run(_start_of(part, answer))
@@ -79,11 +76,7 @@ async def fetch(
             part.check()
             return
         except ConnectionBroken as error:
-            if part.done > before:
-                patient_until = time.monotonic() + sender.patience
-            elif time.monotonic() > patient_until:
-                raise ServerUnavailable(f"the download breaks again and again: {error}") from None
-            await sender.transport.sleep(_PAUSE_SECONDS)
+            await breaks.pause(error, part.done)
 
 
 def _start_of(part: _Part, answer: Answer) -> Callable[[], None]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from orchestrator_client.operations import show
-from orchestrator_client.retries import Sender
+from orchestrator_client.retries import BrokenAnswers, Sender
 from orchestrator_client.transport import PIECE_BYTES, ConnectionBroken, Request
 
 _MARK = re.compile(rb"\n\[\.\.\. (?:(\d{1,18}) bytes left out|attempt (\d{1,9})) \.\.\.\]\n")
@@ -22,20 +22,18 @@ async def read_output(
     sender: Sender, job_id: int, stream: str, offset: int = 0
 ) -> AsyncGenerator[bytes, None]:
     """Yield what a job has printed so far to ``stdout`` or ``stderr``."""
-    query = (("stream", stream), ("offset", str(offset)))
-    request = Request("GET", f"/jobs/{job_id}/logs", query)
     position = Position(offset)
+    breaks = BrokenAnswers(sender, "the output")
     while True:
+        query = (("stream", stream), ("offset", str(position.offset)))
         try:
-            async with sender.answer(request) as answer:
+            async with sender.answer(Request("GET", f"/jobs/{job_id}/logs", query)) as answer:
                 while data := await answer.read(PIECE_BYTES):
                     position.pass_over(data)
                     yield data
                 return
-        except ConnectionBroken:
-            query = (("stream", stream), ("offset", str(position.offset)))
-            request = Request("GET", f"/jobs/{job_id}/logs", query)
-            await sender.transport.sleep(_PAUSE_SECONDS)
+        except ConnectionBroken as error:
+            await breaks.pause(error, position.offset)
 
 
 async def read_end(sender: Sender, job_id: int, stream: str, size: int) -> bytes:

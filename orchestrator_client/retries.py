@@ -36,6 +36,7 @@ from orchestrator_client.transport import (
 DEFAULT_PATIENCE_SECONDS = 60.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
+_PAUSE_AFTER_BREAK_SECONDS = 0.3
 _LONGEST_MESSAGE_BYTES = 64 * 1024
 _LONGEST_JSON_BYTES = 64 * 1024 * 1024
 
@@ -191,6 +192,29 @@ class _Effort:
         pause = self._pause * (0.7 + 0.6 * os.urandom(1)[0] / 255)  # not all clients at once
         self._pause = min(self._pause * 2, _LONGEST_PAUSE_SECONDS)
         return pause
+
+
+class BrokenAnswers:
+    """Bounds how long answers may begin well and break, again and again, with nothing new."""
+
+    def __init__(self, sender: Sender, what: str) -> None:
+        self._sender = sender
+        self._what = what
+        self._position = 0
+        self._patient_until = time.monotonic() + sender.patience
+
+    async def pause(self, error: ConnectionBroken, position: int) -> None:
+        """Pause before the next try; raises :class:`ServerUnavailable` if that is in vain.
+
+        ``position`` is how far the one that broke had come.
+        """
+        now = time.monotonic()
+        if position > self._position:
+            self._position = position
+            self._patient_until = now + self._sender.patience
+        elif now > self._patient_until:
+            raise ServerUnavailable(f"{self._what} breaks again and again: {error}") from None
+        await self._sender.transport.sleep(_PAUSE_AFTER_BREAK_SECONDS)
 
 
 def _retry_after(answer: Answer) -> float | None:

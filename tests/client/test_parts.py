@@ -23,8 +23,8 @@ from orchestrator_client.address import parse_address
 from orchestrator_client.arguments import duration_seconds
 from orchestrator_client.errors import SettingsError, UnsafeArchive, UnusableFile
 from orchestrator_client.extraction import extract
-from orchestrator_client.job_output import Position
-from orchestrator_client.lockstep import run
+from orchestrator_client.job_output import Position, read_output
+from orchestrator_client.lockstep import iterate, run
 from orchestrator_client.output import printable
 from orchestrator_client.retries import Retry, Sender
 from orchestrator_client.settings import load
@@ -337,6 +337,12 @@ class _Answer:
         """Nothing to do."""
 
 
+class _CutAnswer(_Answer):
+    async def read(self, size: int, silence: float | None = None) -> bytes:
+        """Break off."""
+        raise ConnectionBroken("cut")
+
+
 class _Script:
     """A transport that answers as it is told, and whose time passes when it sleeps."""
 
@@ -407,6 +413,20 @@ def test_patience_ends() -> None:
     with pytest.raises(errors.ServerUnavailable):
         hopeless = ConnectionFailed("no such name", is_final=True)
         run(Sender(_Script(hopeless), "http://x", None).json(_GET))
+
+
+def test_answers_that_break_again_and_again_come_to_an_end() -> None:
+    class Broken(_Script):
+        async def send(self, request: Request) -> Answer:
+            """Answer with a head and no body."""
+            self.sent.append(request)
+            return _CutAnswer(200, {}, b"")
+
+    script = Broken()
+    pieces = read_output(Sender(script, "http://x", None, 0), 1, "stdout")
+    with pytest.raises(errors.ServerUnavailable, match="again and again"):
+        list(iterate(pieces))
+    assert 1 <= len(script.sent) <= 3
 
 
 def test_what_may_have_been_done_is_not_done_twice() -> None:
