@@ -17,6 +17,28 @@ const CHOICES = /** @type {const} */ ([['both', 'Both'], ['stdout', 'stdout'], [
 const HIDDEN_MS = 20_000;
 
 export class LogPanel {
+  _choices = h('div', { class: 'segments', role: 'group', 'aria-label': 'Stream' });
+  _input = h('input', {
+    type: 'search', 'aria-label': 'Search in the log', placeholder: 'Search', spellcheck: false,
+    on: {
+      input: () => this._view.search(this._input.value),
+      keydown: (/** @type {KeyboardEvent} */ event) => {
+        if (event.key !== 'Enter') return;
+        event.preventDefault();
+        this._view.step(event.shiftKey ? -1 : 1);
+      },
+    },
+  });
+  _found = h('span', { class: 'log-found', role: 'status' });
+  _steps = h('span', { class: 'log-steps', hidden: true }, this._found,
+    this._stepButton(-1, 'Previous find'), this._stepButton(1, 'Next find'));
+  _find = h('div', { class: 'log-find' }, icon('search'), this._input, this._steps);
+  _state = h('span', { class: 'log-state', role: 'status' });
+  _followButton = this._button('follow', 'Follow', () => this._view.follow(!this._view.isFollowing));
+  _wrapButton = this._button('wrap', 'Wrap', () => this._toggle('is-wrapped'));
+  _timesButton = this._button('clock', 'Times', () => this._toggle('is-timed'));
+  _rawButton = this._button('download', 'Raw', () => void this._saveRaw());
+
   /**
    * @param {App} app
    * @param {number} jobId
@@ -33,8 +55,8 @@ export class LogPanel {
     this._reading = null;
     this._buffer = new LogBuffer();
     this._view = new LogView(this._buffer, () => this._draw());
-    this._makeTools();
-    this._state = h('span', { class: 'log-state', role: 'status' });
+    this._rawButton.removeAttribute('aria-pressed');
+    this._timesButton.title = 'When each line arrived here, of those that came while you looked';
     this._place = h('div', { class: 'log-place' }, this._view.element);
     this.element = h('section', { class: 'log', 'aria-label': 'Log' },
       h('div', { class: 'log-tools' }, this._choices, this._find, h('span', { class: 'spring' }),
@@ -43,39 +65,25 @@ export class LogPanel {
     this._watchVisibility();
   }
 
-  _makeTools() {
-    this._choices = h('div', { class: 'segments', role: 'group', 'aria-label': 'Stream' });
-    this._input = h('input', {
-      type: 'search', 'aria-label': 'Search in the log', placeholder: 'Search', spellcheck: false,
-      on: {
-        input: () => this._view.search(this._input.value),
-        keydown: (/** @type {KeyboardEvent} */ event) => {
-          if (event.key !== 'Enter') return;
-          event.preventDefault();
-          this._view.step(event.shiftKey ? -1 : 1);
-        },
-      },
-    });
-    this._found = h('span', { class: 'log-found', role: 'status' });
-    const step = (/** @type {-1 | 1} */ by, /** @type {string} */ label) => h('button', {
+  /**
+   * @param {-1 | 1} by
+   * @param {string} label
+   */
+  _stepButton(by, label) {
+    return h('button', {
       class: 'button ghost icon-only', type: 'button', 'aria-label': label, title: label,
       on: { click: () => this._view.step(by) },
     }, icon(by < 0 ? 'up' : 'down'));
-    this._steps = h('span', { class: 'log-steps', hidden: true },
-      this._found, step(-1, 'Previous find'), step(1, 'Next find'));
-    this._find = h('div', { class: 'log-find' }, icon('search'), this._input, this._steps);
-    const toggle = (/** @type {string} */ name) => {
-      const isOn = this._view.element.classList.toggle(name);
-      this._draw();
-      if (this._view.isFollowing) this._view.follow(true);
-      return isOn;
-    };
-    this._followButton = this._button('follow', 'Follow', () => this._view.follow(!this._view.isFollowing));
-    this._wrapButton = this._button('wrap', 'Wrap', () => toggle('is-wrapped'));
-    this._timesButton = this._button('clock', 'Times', () => toggle('is-timed'));
-    this._timesButton.title = 'When each line arrived here, of those that came while you looked';
-    this._rawButton = this._button('download', 'Raw', () => void this._saveRaw());
-    this._rawButton.removeAttribute('aria-pressed');
+  }
+
+  /**
+   * Show lines in another way, or not.
+   * @param {string} name of the class that does it
+   */
+  _toggle(name) {
+    this._view.element.classList.toggle(name);
+    this._draw();
+    if (this._view.isFollowing) this._view.follow(true);
   }
 
   /**
@@ -105,9 +113,9 @@ export class LogPanel {
 
   /** @param {KeyboardEvent} event */
   onKey(event) {
-    if (event.key === '/') this._input?.select();
+    if (event.key === '/') this._input.select();
     else if (event.key === 'f') this._view.follow(!this._view.isFollowing);
-    else if (event.key === 'w') this._wrapButton?.click();
+    else if (event.key === 'w') this._wrapButton.click();
     else if (event.key === 'n') this._view.step(1);
     else if (event.key === 'N') this._view.step(-1);
     else return false;
@@ -145,19 +153,19 @@ export class LogPanel {
   }
 
   _draw() {
-    fill(/** @type {HTMLElement} */ (this._choices), ...CHOICES.map(([value, label]) => h('button', {
+    fill(this._choices, ...CHOICES.map(([value, label]) => h('button', {
       type: 'button', 'aria-pressed': String(this._choice === value),
       on: { click: () => this._choose(value) },
     }, label)));
     const { finds, find, isFollowing, element } = this._view;
-    const isSearching = this._input?.value !== '';
-    /** @type {HTMLElement} */ (this._steps).hidden = !isSearching;
-    setText(/** @type {HTMLElement} */ (this._found), finds.length === 0
+    const isSearching = this._input.value !== '';
+    this._steps.hidden = !isSearching;
+    setText(this._found, finds.length === 0
       ? 'none' : `${find < 0 ? '–' : count(find + 1)} of ${count(finds.length)}`);
-    this._followButton?.setAttribute('aria-pressed', String(isFollowing));
-    this._wrapButton?.setAttribute('aria-pressed', String(element.classList.contains('is-wrapped')));
-    this._timesButton?.setAttribute('aria-pressed', String(element.classList.contains('is-timed')));
-    /** @type {HTMLElement} */ (this._followButton).hidden = this._isOver;
+    this._followButton.setAttribute('aria-pressed', String(isFollowing));
+    this._wrapButton.setAttribute('aria-pressed', String(element.classList.contains('is-wrapped')));
+    this._timesButton.setAttribute('aria-pressed', String(element.classList.contains('is-timed')));
+    this._followButton.hidden = this._isOver;
     setText(this._state, this._isOver || this._hasEnded ? '' : 'live');
   }
 

@@ -44,6 +44,32 @@ export async function open(app, address, signal) {
 }
 
 class SubmitForm {
+  _serviceHint = h('p', { class: 'hint' });
+  _user = this._input('user_id', { inputmode: 'numeric', required: true });
+  _name = this._input('name', { maxlength: 200 });
+  _tags = this._input('tags', { placeholder: 'project:kinase  stage:2' });
+  _priority = this._input('priority', { inputmode: 'numeric', placeholder: '0' });
+  _timeout = this._input('timeout', { inputmode: 'numeric', placeholder: 'none of its own' });
+  _cpus = this._input('cpus', { inputmode: 'decimal' });
+  _memory = this._input('memory', { placeholder: '512M, 8G' });
+  _gpus = this._input('gpus', { inputmode: 'numeric' });
+  _service = h('select', { id: 'service', on: { change: () => this._draw() } });
+  _list = h('ul', { class: 'chosen' });
+  _sum = h('p', { class: 'quiet', role: 'status' });
+  _script = h('textarea', {
+    id: 'script', class: 'code', rows: 9, spellcheck: false, autocapitalize: 'off',
+    value: FIRST_SCRIPT, 'aria-describedby': 'script-hint', on: { input: () => this._draw() },
+  });
+  _scriptNote = h('p', { class: 'hint', id: 'script-hint' });
+  _problem = h('p', { class: 'field-error', role: 'alert' });
+  _progress = h('progress', { max: 1, value: 0, 'aria-label': 'Upload' });
+  _progressText = h('span', { class: 'quiet' });
+  _submitButton = h('button', { class: 'button primary', type: 'submit' }, icon('submit'), 'Submit');
+  _sendingPart = h('div', { class: 'sending', hidden: true }, this._progress, this._progressText,
+    h('button', { class: 'button', type: 'button', on: { click: () => this._sending?.abort() } }, 'Cancel'));
+  _curl = new Command('curl');
+  _line = new Command('Command line');
+
   /**
    * @param {App} app
    * @param {Service[]} services
@@ -58,9 +84,9 @@ class SubmitForm {
     this._key = crypto.getRandomValues(new Uint32Array(4)).join('-');
     /** @type {AbortController | null} */
     this._sending = null;
-    this._makeFields();
-    this._makeFiles();
-    this._makeEnd();
+    this._service.append(...this._services.map(({ name }) => h('option', { value: name }, name)));
+    this._user.value = String(app.access.userId ?? localStorage.getItem(USER_KEY) ?? 1);
+    this._user.readOnly = app.access.userId !== null;
     this.element = h('div', { class: 'page submit' },
       h('header', { class: 'page-head' }, h('h1', {}, 'Submit a job'),
         h('div', { class: 'page-actions' }, h('button', { class: 'button', type: 'button', on: {
@@ -70,35 +96,23 @@ class SubmitForm {
         h('form', { class: 'submit-form', novalidate: '', on: { submit: (/** @type {Event} */ event) => {
           event.preventDefault();
           void this._send();
-        } } }, this._filesPart, this._scriptPart, this._fieldsPart, this._endPart),
-        this._commandsPart));
+        } } }, this._filesPart(), this._scriptPart(), this._fieldsPart(),
+        h('div', { class: 'submit-end' }, this._problem, this._sendingPart, this._submitButton)),
+        h('aside', { class: 'commands', 'aria-label': 'The same in a terminal' },
+          h('h2', {}, 'The same in a terminal'), this._curl.element, this._line.element)));
     this._acceptDrops();
     this._draw();
   }
 
   // --- making it
 
-  _makeFields() {
-    const { access } = this._app;
-    this._service = h('select', { id: 'service', on: { change: () => this._draw() } },
-      ...this._services.map(({ name }) => h('option', { value: name }, name)));
-    this._serviceHint = h('p', { class: 'hint' });
-    this._user = this._input('user_id', { inputmode: 'numeric', required: true,
-      value: String(access.userId ?? localStorage.getItem(USER_KEY) ?? 1),
-      readOnly: access.userId !== null });
-    this._name = this._input('name', { maxlength: 200 });
-    this._tags = this._input('tags', { placeholder: 'project:kinase  stage:2' });
-    this._priority = this._input('priority', { inputmode: 'numeric', placeholder: '0' });
-    this._timeout = this._input('timeout', { inputmode: 'numeric', placeholder: 'none of its own' });
-    this._cpus = this._input('cpus', { inputmode: 'decimal' });
-    this._memory = this._input('memory', { placeholder: '512M, 8G' });
-    this._gpus = this._input('gpus', { inputmode: 'numeric' });
-    this._fieldsPart = h('section', { class: 'card form-part' },
+  _fieldsPart() {
+    return h('section', { class: 'card form-part' },
       h('h2', {}, 'Job'),
       h('div', { class: 'fields' },
         field('Service', this._service, this._serviceHint),
-        field('User', this._user, access.userId === null
-          ? 'The number on whose account it runs.' : 'Your token is for this user.'),
+        field('User', this._user, this._user.readOnly
+          ? 'Your token is for this user.' : 'The number on whose account it runs.'),
         field('Name', this._name, 'For people; may be empty.', 'span-2')),
       h('details', {}, h('summary', {}, 'More: priority, time limit, resources, tags'),
         h('div', { class: 'fields' },
@@ -117,7 +131,7 @@ class SubmitForm {
       on: { input: () => this._draw() } });
   }
 
-  _makeFiles() {
+  _filesPart() {
     const take = (/** @type {Event} */ event) => {
       const input = /** @type {HTMLInputElement} */ (event.target);
       void this._take(filesOfInput(/** @type {FileList} */ (input.files)));
@@ -125,42 +139,18 @@ class SubmitForm {
     };
     const files = h('input', { type: 'file', multiple: true, class: 'unseen', id: 'files', on: { change: take } });
     const folder = h('input', { type: 'file', webkitdirectory: '', class: 'unseen', id: 'folder', on: { change: take } });
-    this._list = h('ul', { class: 'chosen' });
-    this._sum = h('p', { class: 'quiet', role: 'status' });
-    this._filesPart = h('section', { class: 'card form-part' },
+    return h('section', { class: 'card form-part' },
       h('h2', {}, 'Input files'),
       h('div', { class: 'drop' }, icon('submit'),
         h('p', {}, 'Drop files or a directory here, or choose ',
           h('label', { for: 'files', class: 'link' }, 'files'), files, ' or ',
           h('label', { for: 'folder', class: 'link' }, 'a directory'), folder, '.')),
       this._list, this._sum);
-    this._script = h('textarea', {
-      id: 'script', class: 'code', rows: 9, spellcheck: false, autocapitalize: 'off',
-      value: FIRST_SCRIPT, 'aria-describedby': 'script-hint', on: { input: () => this._draw() },
-    });
-    this._scriptNote = h('p', { class: 'hint', id: 'script-hint' });
-    this._scriptPart = h('section', { class: 'card form-part' },
-      h('h2', {}, h('label', { for: 'script' }, SCRIPT)), this._script, this._scriptNote);
   }
 
-  _makeEnd() {
-    this._problem = h('p', { class: 'field-error', role: 'alert' });
-    this._progress = h('progress', { max: 1, value: 0, 'aria-label': 'Upload' });
-    this._progressText = h('span', { class: 'quiet' });
-    this._submitButton = h('button', { class: 'button primary', type: 'submit' }, icon('submit'), 'Submit');
-    this._sendingPart = h('div', { class: 'sending', hidden: true }, this._progress, this._progressText,
-      h('button', { class: 'button', type: 'button', on: { click: () => this._sending?.abort() } }, 'Cancel'));
-    this._endPart = h('div', { class: 'submit-end' }, this._problem, this._sendingPart, this._submitButton);
-    this._commands = ['curl', 'Command line'].map((name) => {
-      const text = h('pre', { class: 'code', tabIndex: 0, 'aria-label': `The same with ${name}` });
-      const button = h('button', { class: 'button ghost small', type: 'button' }, icon('copy'), 'Copy');
-      button.addEventListener('click', () => void copy(button, text.textContent ?? ''));
-      return { name, text, button };
-    });
-    this._commandsPart = h('aside', { class: 'commands', 'aria-label': 'The same in a terminal' },
-      h('h2', {}, 'The same in a terminal'),
-      ...this._commands.map(({ name, text, button }) => h('section', { class: 'card' },
-        h('header', {}, h('h3', {}, name), button), text)));
+  _scriptPart() {
+    return h('section', { class: 'card form-part' },
+      h('h2', {}, h('label', { for: 'script' }, SCRIPT)), this._script, this._scriptNote);
   }
 
   _acceptDrops() {
@@ -195,7 +185,7 @@ class SubmitForm {
     for (const { path, file } of chosen) {
       if (path === SCRIPT && file.size <= MAX_EDITED_BYTES) {
         this._files.delete(SCRIPT);
-        /** @type {HTMLTextAreaElement} */ (this._script).value = await file.text();
+        this._script.value = await file.text();
       } else {
         this._files.set(path, file);
       }
@@ -215,8 +205,8 @@ class SubmitForm {
       this._files.clear();
       await this._take(files);
       const example = this._services.find(({ name }) => name === 'example');
-      if (example) /** @type {HTMLSelectElement} */ (this._service).value = 'example';
-      /** @type {HTMLInputElement} */ (this._name).value ||= 'A protein structure';
+      if (example) this._service.value = 'example';
+      this._name.value ||= 'A protein structure';
       this._draw();
       history.replaceState(null, '', href('submit'));
     } catch (error) {
@@ -228,8 +218,7 @@ class SubmitForm {
 
   /** The fields of the form that are not empty, as the API calls them. */
   get _fields() {
-    const value = (/** @type {HTMLInputElement | HTMLSelectElement | undefined} */ input) =>
-      input?.value.trim() ?? '';
+    const value = (/** @type {HTMLInputElement | HTMLSelectElement} */ input) => input.value.trim();
     /** @type {[string, string][]} */
     const fields = [
       ['user_id', value(this._user)], ['service', value(this._service)], ['name', value(this._name)],
@@ -243,7 +232,7 @@ class SubmitForm {
   _draw() {
     this._key = crypto.getRandomValues(new Uint32Array(4)).join('-');
     const paths = [...this._files.keys()];
-    keyed(/** @type {HTMLElement} */ (this._list), paths.slice(0, SHOWN_FILES), (path) => path, (path) => h('li', {},
+    keyed(this._list, paths.slice(0, SHOWN_FILES), (path) => path, (path) => h('li', {},
       icon('file'), h('span', { class: 'chosen-path' }, path),
       h('span', { class: 'quiet' }, bytes(this._files.get(path)?.size ?? 0)),
       h('button', { class: 'button ghost icon-only', type: 'button', 'aria-label': `Remove ${path}`, on: {
@@ -253,30 +242,29 @@ class SubmitForm {
         },
       } }, icon('close'))));
     const sum = [...this._files.values()].reduce((total, { size }) => total + size, 0);
-    setText(/** @type {HTMLElement} */ (this._sum), paths.length === 0 ? ''
+    setText(this._sum, paths.length === 0 ? ''
       : `${counted(paths.length, 'file')}, ${bytes(sum)}`
         + (paths.length > SHOWN_FILES ? `; the first ${SHOWN_FILES} are shown` : ''));
     const isTooLarge = this._files.has(SCRIPT);
-    /** @type {HTMLTextAreaElement} */ (this._script).disabled = isTooLarge;
-    setText(/** @type {HTMLElement} */ (this._scriptNote), isTooLarge
+    this._script.disabled = isTooLarge;
+    setText(this._scriptNote, isTooLarge
       ? 'The run.sh that was chosen is too long to be edited here; it is sent as it is.'
       : 'Runs with bash, in a fresh directory with the files above. Exit code 0 is success.');
     this._drawService();
     const all = [SCRIPT, ...paths.filter((path) => path !== SCRIPT)];
-    const [curl, line] = /** @type {{ text: HTMLElement }[]} */ (this._commands);
-    setText(curl.text, curlCommand(this._app, all, this._fields));
-    setText(line.text, lineCommand(all, this._fields));
+    this._curl.show(curlCommand(this._app, all, this._fields));
+    this._line.show(lineCommand(all, this._fields));
   }
 
   _drawService() {
-    const service = this._services.find(({ name }) => name === this._service?.value);
+    const service = this._services.find(({ name }) => name === this._service.value);
     const words = service === undefined ? ['No service is configured.'] : [
       service.timeout === null ? 'No time limit' : `At most ${duration(service.timeout)}`,
       service.agents.length === 0 ? 'no agent offers it now' : '',
       service.median_run === null ? '' : `runs ${duration(service.median_run)} in the median`,
     ];
     this._drawLimits(service);
-    setText(/** @type {HTMLElement} */ (this._serviceHint), `${words.filter(Boolean).join(', ')}.`);
+    setText(this._serviceHint, `${words.filter(Boolean).join(', ')}.`);
   }
 
   /**
@@ -285,14 +273,14 @@ class SubmitForm {
    */
   _drawLimits(service) {
     const { resources: usual, max_resources: most } = service ?? {};
-    const limits = /** @type {[HTMLInputElement | undefined, string, string][]} */ ([
+    const limits = /** @type {[HTMLInputElement, string, string][]} */ ([
       [this._cpus, usual ? String(usual.cpus) : '', most ? String(most.cpus) : ''],
       [this._memory, usual?.memory ? bytes(usual.memory) : 'no limit',
         most?.memory && most.memory < MAX_SAID_BYTES ? bytes(most.memory) : ''],
       [this._gpus, usual ? String(usual.gpus) : '', most ? String(most.gpus) : ''],
     ]);
     for (const [input, asked, limit] of limits) {
-      const hint = input?.parentElement?.querySelector('.hint');
+      const hint = input.parentElement?.querySelector('.hint');
       if (hint) setText(hint, usual ? `${asked} if empty${limit ? `, at most ${limit}` : ''}.` : '');
     }
   }
@@ -303,7 +291,7 @@ class SubmitForm {
     const form = new FormData();
     for (const [name, value] of this._fields) form.append(name, value);
     if (!this._files.has(SCRIPT)) {
-      const text = /** @type {HTMLTextAreaElement} */ (this._script).value.replaceAll('\r\n', '\n');
+      const text = this._script.value.replaceAll('\r\n', '\n');
       form.append('file', new File([text], SCRIPT), SCRIPT);
     }
     for (const [path, file] of this._files) form.append('file', file, path);
@@ -312,7 +300,7 @@ class SubmitForm {
 
   async _send() {
     const problem = this._whatIsWrong();
-    setText(/** @type {HTMLElement} */ (this._problem), problem);
+    setText(this._problem, problem);
     if (problem || this._sending !== null) return;
     this._sending = new AbortController();
     this._showSending(true);
@@ -321,13 +309,13 @@ class SubmitForm {
       const job = await upload(this._app.api, this._form, this._key, (sent, total) =>
         this._showProgress(sent, total), signal);
       if (this._app.access.userId === null) {
-        localStorage.setItem(USER_KEY, /** @type {HTMLInputElement} */ (this._user).value);
+        localStorage.setItem(USER_KEY, this._user.value);
       }
       note(icon('check'), `Job ${job.id} is submitted.`);
       go(href(`jobs/${job.id}`));
     } catch (error) {
       if (isAbort(error)) note('Given up; nothing was submitted.');
-      else setText(/** @type {HTMLElement} */ (this._problem), error instanceof Error ? error.message : String(error));
+      else setText(this._problem, error instanceof Error ? error.message : String(error));
     }
     this._sending = null;
     this._showSending(false);
@@ -335,7 +323,7 @@ class SubmitForm {
 
   _whatIsWrong() {
     const size = [...this._files.values()].reduce((total, file) => total + file.size, 0);
-    if (!/^-?\d+$/.test(/** @type {HTMLInputElement} */ (this._user).value.trim())) {
+    if (!/^-?\d+$/.test(this._user.value.trim())) {
       return 'User must be a number.';
     }
     if (size > MAX_BYTES) return `These are ${bytes(size)}; at most ${bytes(MAX_BYTES)} can be sent at a time.`;
@@ -344,8 +332,8 @@ class SubmitForm {
 
   /** @param {boolean} isSending */
   _showSending(isSending) {
-    /** @type {HTMLElement} */ (this._sendingPart).hidden = !isSending;
-    /** @type {HTMLButtonElement} */ (this._submitButton).hidden = isSending;
+    this._sendingPart.hidden = !isSending;
+    this._submitButton.hidden = isSending;
     this._showProgress(0, 0);
   }
 
@@ -354,11 +342,29 @@ class SubmitForm {
    * @param {number} total
    */
   _showProgress(sent, total) {
-    const progress = /** @type {HTMLProgressElement} */ (this._progress);
-    progress.max = total || 1;
-    progress.value = sent;
-    setText(/** @type {HTMLElement} */ (this._progressText), total === 0 ? 'Starting …'
+    this._progress.max = total || 1;
+    this._progress.value = sent;
+    setText(this._progressText, total === 0 ? 'Starting …'
       : sent < total ? `${bytes(sent)} of ${bytes(total)}` : 'The server is storing it …');
+  }
+}
+
+/** A command that does the same, to be copied. */
+class Command {
+  _text = h('pre', { class: 'code', tabIndex: 0 });
+
+  /** @param {string} name */
+  constructor(name) {
+    const button = h('button', { class: 'button ghost small', type: 'button' }, icon('copy'), 'Copy');
+    button.addEventListener('click', () => void copy(button, this._text.textContent ?? ''));
+    this._text.setAttribute('aria-label', `The same with ${name}`);
+    this.element = h('section', { class: 'card' },
+      h('header', {}, h('h3', {}, name), button), this._text);
+  }
+
+  /** @param {string} text */
+  show(text) {
+    setText(this._text, text);
   }
 }
 
