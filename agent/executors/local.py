@@ -37,6 +37,7 @@ from telemetry.logs import event
 log = logging.getLogger("orchestrator.local")
 
 _START_TRIES = 3
+_FEW_FILES = 50
 _START_SECONDS = 15.0
 _STOPPED_SECONDS = 2.0  # so long a supervisor that is past its time may be stopped
 _PATIENCE_SECONDS = 60.0  # and so long it may go on if it is not
@@ -146,7 +147,11 @@ class LocalExecution(Execution):
         if self.is_started():
             return None
         allotted = await self._allotments.take(self._directory.path, command.resources)
-        enclosure = self._enclosure(command, allotted)
+        assign = self._directory.assign
+        if assign.isolation.image is None and len(assign.files) <= _FEW_FILES:
+            enclosure = self._enclosure(command, allotted)
+        else:  # an image may have to be tried out, many files to be handed over
+            enclosure = await asyncio.to_thread(self._enclosure, command, allotted)
         request = LaunchRequest(
             self._directory.path,
             enclosure.variables,

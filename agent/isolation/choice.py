@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +85,7 @@ class Isolator:
         self._image_problems: dict[Isolation, str | None] = {}
         self._podman_way = podman.WAYS[0]
         self._given_out: set[int] = set()
+        self._trying = threading.Lock()  # one at a time has the place for trials
 
     # --- what can be given
 
@@ -272,7 +274,7 @@ class Isolator:
     def _tried(self, isolation: Isolation, allotment: Allotment | None = None) -> str | None:
         users = self._settings.users
         user = None if users is None else users.some()
-        with trial_place(self._workdir, user) as place:
+        with self._trying, trial_place(self._workdir, user) as place:
             variables = _variables_of(user, place)
             confinement = Confinement(
                 isolation,
