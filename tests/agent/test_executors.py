@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import AgentProcess, Server, curl, eventually, lines, running_server
+from tests.harness import AgentProcess, Server, curl, eventually, lines
 
 _ENDED = {
     "run": 1,
@@ -26,14 +25,6 @@ _ENDED = {
 """The steps, and how many attempts there are: one that left no trace is made again."""
 
 _KILLED = ["before the kill", "after the mark", "after the kill", "forget"]
-
-
-@pytest.fixture
-async def patient_server(tmp_path: Path) -> AsyncIterator[Server]:
-    """A server that gives an agent all the time it needs to come back."""
-    environment = {"LEASE": "300", "KILL_GRACE": "60"}
-    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
-        yield server
 
 
 def crashing_agent(server: Server) -> AgentProcess:

@@ -110,14 +110,6 @@ async def test_a_job_that_stops_its_supervisor_can_be_terminated(
     assert not [process for process in bare_server.processes() if process.name() == "sleep"]
 
 
-@pytest.fixture
-async def patient_server(tmp_path: Path) -> AsyncIterator[Server]:
-    """A server that gives an agent all the time it needs to come back."""
-    environment = {"LEASE": "300"}
-    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
-        yield server
-
-
 async def test_results_that_vanish_or_shrink_lose_their_attempts_and_no_connection(
     patient_server: Server, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,14 +85,6 @@ async def test_a_job_that_uses_more_memory_than_its_own_fails_and_says_so(
         assert float(said[1]) > 128
         modest = 'python3 -c "import time; x = bytearray(30 << 20); time.sleep(2.5)"'
         await server.result(await server.upload(modest, service="tight"))
-
-
-@pytest.fixture
-async def patient_server(tmp_path: Path) -> AsyncIterator[Server]:
-    """A server that gives an agent all the time it needs to come back."""
-    environment = {"LEASE": "300"}
-    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
-        yield server
 
 
 async def test_usage_counts_the_whole_tree_and_survives_a_restart_of_the_agent(
