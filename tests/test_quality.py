@@ -155,3 +155,14 @@ def test_every_test_that_the_fault_matrix_names_is_there() -> None:
     assert {name for name in named if f"def {name}(" not in tests} == set()
     for path in re.findall(r"`(tests/[\w/]+\.py)`", text):
         assert (PROJECT / path).exists(), path
+
+
+async def test_no_program_of_others_is_kept_in_the_repository() -> None:
+    if not (PROJECT / ".git").exists():
+        pytest.skip("not a clone")
+    code, output = await run("git", "ls-files", "-z", cwd=PROJECT)
+    assert code == 0, output.decode()
+    names = [name for name in output.decode().split("\0") if name]
+    assert [name for name in names if "node_modules" in name] == []
+    large = [name for name in names if (PROJECT / name).is_file()]
+    assert [name for name in large if (PROJECT / name).stat().st_size > 400_000] == []
