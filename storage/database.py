@@ -131,17 +131,17 @@ def lock_file(path: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     except FileNotFoundError as error:
-        raise StoreRefused(f"{path}: {error.strerror}; make the directory first") from None
+        raise StoreRefused(f"{error.strerror}; make the directory first") from None
     except OSError as error:
-        raise StoreRefused(f"{path}: {error.strerror}; {HOW_TO_MAKE_WRITABLE}") from None
+        raise StoreRefused(f"{error.strerror}; {HOW_TO_MAKE_WRITABLE}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise StoreRefused(f"{path}: is not a regular file; choose another place with --db")
+        raise StoreRefused("is not a regular file; choose another place with --db")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise StoreRefused(f"{path}: another server is running on this file") from None
+        raise StoreRefused("another server is running on this file") from None
     return descriptor
 
 
