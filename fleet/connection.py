@@ -93,7 +93,7 @@ class Connection:
         self._heard.set()
 
     def end(self) -> None:
-        """For the session: nothing will come any more."""
+        """For the session: nothing more will come."""
         self.is_welcomed = False
         self.ended.set()
         for relay in self.relays.values():

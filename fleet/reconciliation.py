@@ -113,7 +113,7 @@ class Reconciliation:
                 held.attempt_id, self._agent.id
             )
             if killed is not None:
-                # as far as can be: what the agent reports of its way changes nothing any more
+                # as far as can be: what the agent reports of its way no longer changes anything
                 last = ACTIVE_STATES[-1]
                 remains = replace(Attempt.of(killed), state=last)
                 self._connection.remains[held.attempt_id] = remains

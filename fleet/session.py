@@ -213,7 +213,7 @@ class Session:
     ) -> None:
         relay = self._connection.relays.get(message.request_id)
         if relay is None:
-            return  # nobody wants it any more
+            return  # nobody wants it any longer
         match message:
             case messages.SnapshotReady():
                 relay.begin(message.size)
@@ -225,7 +225,7 @@ class Session:
         if stream is Stream.INPUT:
             raise ProtocolError(f"an agent does not send {stream.name}")
         if stream is Stream.SNAPSHOT:
-            if relay := self._connection.relays.get(attempt_id):  # else nobody wants it any more
+            if relay := self._connection.relays.get(attempt_id):  # else nobody wants it any longer
                 relay.put(frame)
         elif intake := self._intake(attempt_id):
             intake.put(frame)

@@ -36,7 +36,7 @@ class Termination:
         self._store = roster.store
 
     async def terminate(self, job_id: int) -> JobStatus | None:
-        """End a job; returns once it can neither run nor deliver a result any more.
+        """End a job; returns once it can no longer run or deliver a result.
 
         Returns None for an unknown job, raises :class:`AlreadyFinal` for one that has ended.
         """
@@ -61,7 +61,7 @@ class Termination:
     async def terminate_many(self, job_ids: Sequence[int]) -> int:
         """End those of some jobs that have not ended; returns how many it ended.
 
-        Returns once none of them can run or deliver a result any more.
+        Returns once none of them can any longer run or deliver a result.
         """
         withdrawn = await until_stored(lambda: self._store.jobs.withdraw_many(job_ids, _TERMINATED))
         if withdrawn:

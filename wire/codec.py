@@ -28,7 +28,7 @@ Parser: TypeAlias = Callable[[object], Any]
 
 @dataclass(frozen=True, slots=True)
 class UnknownMessage:
-    """A message type of a newer peer; to be logged and passed over."""
+    """A message type of a newer peer; to be logged and ignored."""
 
     type: str
 
@@ -43,7 +43,7 @@ def encode(message: Message) -> str:
 def decode(text: str) -> Message | UnknownMessage:
     """Parse one text frame.
 
-    Fields that this version does not know are passed over, as a newer peer may send
+    Fields that this version does not know are ignored, as a newer peer may send
     them. Raises :class:`ProtocolError` for anything that is not a well-formed message.
     """
     try:

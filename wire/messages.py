@@ -263,7 +263,7 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Server does not want this attempt any more (superseded): kill it and remove it."""
+    """Server no longer wants this attempt (superseded): kill it and remove it."""
 
     attempt_id: int
     reason: str
