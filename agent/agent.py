@@ -48,6 +48,7 @@ class Agent:
         self._snapshot_requests: SnapshotRequests
         self._channel = Channel()
         self._pause = RetryPause()
+        self._delivered = 0  # bytes of results that the server had when it last said so
         self._is_draining = False
         self._is_busy = asyncio.Event()
         self._beats_heard = 0
@@ -186,6 +187,10 @@ class Agent:
     def _reconcile(self, welcome: messages.Welcome) -> None:
         self._incarnation = welcome.incarnation
         all_kept = {(kept.attempt_id, kept.incarnation): kept for kept in welcome.keep}
+        delivered = sum(kept.result_offset for kept in welcome.keep)
+        if delivered > self._delivered:
+            self._pause.reset()  # the connection before brought something, though it broke
+        self._delivered = delivered
         for held in list(self._held.values()):
             if kept := all_kept.get((held.id, held.directory.incarnation)):
                 held.connect(kept)
@@ -199,6 +204,7 @@ class Agent:
             case messages.Assign():
                 self._take_assignment(received)
             case messages.Acknowledge():
+                self._pause.reset()  # bytes are safe: this connection is worth having
                 if self._channel.outbox is not None:
                     self._channel.outbox.acknowledge(received.transfer, received.offset)
             case messages.Snapshot():
@@ -252,6 +258,7 @@ class Agent:
         if stream is not Stream.INPUT:
             raise messages.ProtocolError(f"a server does not send {stream.name}")
         if held := self._held.get(attempt_id):
+            self._pause.reset()  # bytes came: on a link that breaks all the time it is progress
             held.take_input(frame)
 
     # --- attempts
