@@ -170,9 +170,10 @@ class Allotments:
             self._given_back.clear()
             await self._given_back.wait()
         allotted = Allotted(free[: needs.gpus], self._least_used_cores(needs.cpus))
-        fields = {"gpus": allotted.gpus, "cores": allotted.cores}
-        with plain_files.open_new(attempt / _FILE) as file:
-            file.write(json.dumps(fields).encode())
+        if allotted.gpus:  # cores may be shared, so nothing is lost if they are forgotten
+            fields = {"gpus": allotted.gpus, "cores": allotted.cores}
+            with plain_files.open_new(attempt / _FILE) as file:
+                file.write(json.dumps(fields).encode())
         self._held[attempt] = allotted
         return allotted
 

@@ -34,7 +34,9 @@ def write_exit_record(attempt: Path, kind: ExitKind) -> None:
 def usage_record(attempt: Path) -> Usage | None:
     """Return what the job used; None if its supervisor could not say so."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(plain_files.read_text(attempt / "usage"))
+        record = json.loads(plain_files.read_text(attempt / "exit")).get("usage")
+        if record is None:  # it had processes to end first
+            record = json.loads(plain_files.read_text(attempt / "usage"))
         return Usage(
             float(record["cpu_seconds"]), int(record["peak_memory"]), float(record["wall_seconds"])
         )

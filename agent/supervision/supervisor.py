@@ -109,12 +109,15 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     if record.get("code") and _is_told_to_end(order["settle"]):
         record = {"kind": _kind_when_told()}
     if record["kind"] in ("exited", "signalled"):
+        if not _has_children():
+            record["usage"] = usage.record()  # nothing more will come to it: one file will do
         # before the rest of the tree is ended: a crash from here on must not repeat the job
         _write_atomically("exit", record)
     _end_tree(order["grace"], usage)
     starter.close()
-    with contextlib.suppress(OSError):  # a full disk must not cost the end record
-        _write_atomically("usage", usage.record())
+    if "usage" not in record:
+        with contextlib.suppress(OSError):  # a full disk must not cost the end record
+            _write_atomically("usage", usage.record())
     if record["kind"] in ("timeout", "killed", "memory"):
         _write_atomically("exit", record)
 

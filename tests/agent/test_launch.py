@@ -142,7 +142,7 @@ async def test_a_late_request_to_kill_a_job_does_not_hit_the_next_one(tmp_path: 
         wait_for_file(directory / "exit")
         os.kill(pid, signal.SIGTERM)
         assert await life_line.wait_for_end()
-        assert json.loads((directory / "exit").read_text()) == {"kind": "exited", "code": 0}
+        assert exit_code(directory) == 0
     launcher.close()
 
 
@@ -163,7 +163,7 @@ async def test_a_supervisor_that_dies_before_it_is_asked_is_replaced(
     monkeypatch.setattr(launcher, "_ask_for_supervisor", ask_in_vain_at_first)
     life_line = await launcher.launch(LaunchRequest(tmp_path, {}, None, 1.0, ("bash", "run.sh")))
     assert await life_line.wait_for_end()
-    assert json.loads((tmp_path / "exit").read_text()) == {"kind": "exited", "code": 7}
+    assert exit_code(tmp_path) == 7
     assert asked == 2
     launcher.close()
 
@@ -204,7 +204,7 @@ async def test_a_program_that_is_not_there_is_an_exit_code(tmp_path: Path) -> No
         request = LaunchRequest(directory, {}, None, 1.0, ("no-such-program",), preparation)
         life_line = await launcher.launch(request)
         assert await life_line.wait_for_end()
-        assert json.loads((directory / "exit").read_text()) == {"kind": "exited", "code": 127}
+        assert exit_code(directory) == 127
         assert "cannot start no-such-program" in (directory / "stderr.log").read_text()
     launcher.close()
 
@@ -218,6 +218,14 @@ async def launched(launcher: Launcher, directory: Path) -> LifeLine:
         if await life_line.wait_for_start():
             return life_line
     raise AssertionError("no supervisor runs the job")
+
+
+def exit_code(directory: Path) -> int:
+    """Return what the exit record says of a job that ended by itself."""
+    record = json.loads((directory / "exit").read_text())
+    assert record["kind"] == "exited"
+    assert isinstance(record["code"], int)
+    return record["code"]
 
 
 def wait_for_file(path: Path) -> None:
