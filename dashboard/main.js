@@ -126,7 +126,8 @@ class Frame {
   }
 
   async _show() {
-    if (this._isLoggingIn) return;
+    // who asks decides what is shown: before that is known there is nothing to show
+    if (this._isLoggingIn || this._app.access.caller === null) return;
     const address = currentAddress();
     const where = address.path.join('/');
     this._drawNavigation();

@@ -221,7 +221,7 @@ function updateAgentRow(row, agent) {
     agent.is_connected ? '' : 'away',
     agent.is_drained ? 'drained' : '',
     agent.load === null ? '' : `load ${agent.load.toFixed(1)}`,
-    total?.memory ? `${bytes(free?.memory ?? 0)} of ${bytes(total.memory)} free` : '',
+    total?.memory ? `${bytes(free?.memory ?? 0)} free` : '',
     total?.gpus ? `${free?.gpus ?? 0} of ${counted(total.gpus, 'GPU')} free` : '',
   ];
   setText(row.children[3], words.filter(Boolean).join(' · '));
