@@ -324,3 +324,20 @@ async def test_an_answer_that_meets_damage_breaks_off_and_is_no_second_answer(
         assert b"HTTP/1.1" not in got
         await eventually(lambda: "answer_broken_off" in server.log(), "it says so")
         assert (await curl(f"{server.url}/health")).status == 200
+
+
+async def test_a_damaged_archive_is_an_error_in_words(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server", "--slots", "1") as server:
+        job_id = await server.upload("true")
+        await server.wait(job_id, "Completed")
+        await server.stop()
+        # as a version has stored it that kept no checksums
+        server.change(
+            "UPDATE chunk SET data = zeroblob(length(data)), crc32 = NULL WHERE id >> 20 ="
+            " (SELECT result_blob FROM attempt)"
+        )
+        await server.start("--no-agent")
+        for path in ("files", "files/run.sh"):
+            answer = await curl(f"{server.url}/jobs/{job_id}/{path}")
+            assert_error(answer, 500, "archive|ZIP|damaged")
+        assert "Traceback" not in server.log()
