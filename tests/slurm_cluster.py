@@ -241,9 +241,9 @@ class SlurmCluster:
 
     def _start(self, *words: str) -> None:
         with open(self.directory / f"{words[0]}.log", "ab") as log:
+            # they end with the tests, also when those are killed
             self._daemons[words[0]] = subprocess.Popen(
-                words,
-                executable=shutil.which(words[0], path=self.environment["PATH"]),
+                ["setpriv", "--pdeathsig", "TERM", *words],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
