@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def crashing_agent(server: Server) -> AgentProcess:
 async def crash(agent: AgentProcess) -> None:
     """Wait until the agent has killed itself, and start it again."""
     assert agent.process is not None
-    assert await agent.process.wait() == -signal.SIGKILL, agent.log()
+    assert await asyncio.wait_for(agent.process.wait(), 60) == -signal.SIGKILL, agent.log()
     await agent.start()
 
 
@@ -86,7 +87,7 @@ async def test_an_attempt_of_another_executor_is_reported_lost_and_not_started_a
     job_id = await patient_server.upload(f"echo runs >> {witness}; sleep 1000")
     await agent.start(environment={"CRASH_AT": "after the claim"})
     assert agent.process is not None
-    assert await agent.process.wait() == -signal.SIGKILL
+    assert await asyncio.wait_for(agent.process.wait(), 60) == -signal.SIGKILL
     agent.through = ()
     await agent.start()
     await eventually(lambda: "no longer uses" in agent.log(), "it is reported lost")
