@@ -333,7 +333,7 @@ def _tell_unrelated(root: Path) -> None:
     """Tell the file system that the directories in ``root`` have nothing to do with each other.
 
     ext4 then spreads them over the disk (chattr(1), attribute T). Within one group of inodes it
-    would pass over all that were deleted of late, one by one, at each file that is made.
+    would skip all that were deleted of late, one by one, at each file that is made.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -264,12 +264,12 @@ def _checked_resources(
     gpus = _parsed("gpus", fields, lambda text: jobs.parse_count(text, 0, jobs.MAX_GPUS))
     largest = limits.largest()
     if cpus is not None and cpus > largest.cpus:
-        raise BadRequest(f"cpus: {cpus} is more than {largest.cpus}, the most in this service")
+        raise BadRequest(f"cpus: {cpus} is more than {largest.cpus}, the maximum of this service")
     if memory is not None and memory > largest.memory:
         asked, most = jobs.memory_text(memory), jobs.memory_text(largest.memory)
-        raise BadRequest(f"memory: {asked} is more than {most}, the most in this service")
+        raise BadRequest(f"memory: {asked} is more than {most}, the maximum of this service")
     if gpus is not None and gpus > largest.gpus:
-        raise BadRequest(f"gpus: {gpus} is more than {largest.gpus}, the most in this service")
+        raise BadRequest(f"gpus: {gpus} is more than {largest.gpus}, the maximum of this service")
     return cpus, memory, gpus
 
 

@@ -33,7 +33,7 @@ def failed_condition(request: web.Request, tag: str) -> int | None:
     """Return 304 or 412 if a condition of the request says so, for a file of that strong tag.
 
     In the order of RFC 9110, 13.2.2. Files here have no Last-Modified, so that conditions on
-    dates are passed over.
+    dates are ignored.
     """
     if request.if_match is not None and not _matches_strongly(request.if_match, tag):
         return 412
@@ -45,7 +45,7 @@ def failed_condition(request: web.Request, tag: str) -> int | None:
 def requested_part(request: web.Request, tag: str, size: int) -> Part | None:
     """Return the part that is asked for, None for all. Raises :class:`RangeNotSatisfiable`.
 
-    All is answered to other methods than GET and where a range may be passed over
+    All is answered to other methods than GET and where a range may be ignored
     (RFC 9110, 14.2): unknown units, what is not well-formed, several ranges at once, and
     a range of another version of the file (13.1.5).
     """

@@ -31,7 +31,7 @@ class JobState(enum.StrEnum):
 
     @property
     def has_ended(self) -> bool:
-        """Whether a job in this state will not run any more."""
+        """Whether a job in this state will no longer run."""
         return self in _FINAL_STATES
 
 

@@ -17,7 +17,7 @@ _DIGEST_CHARACTERS = 16
 
 
 def install(directory: Path) -> Path:
-    """Copy it, unless this version is there already; returns the program for a node.
+    """Copy it, unless this version already exists; returns the program for a node.
 
     Raises :class:`OSError`.
     """

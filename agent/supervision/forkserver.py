@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     gc.disable()
     gc.freeze()
     while True:
-        # not socket.recv_fds(), which in Python 3.11 passes over its flags
+        # not socket.recv_fds(), which in Python 3.11 ignores its flags
         request, ancillary, _, _ = requests.recvmsg(
             _REQUEST_BYTES, socket.CMSG_LEN(struct.calcsize("i")), socket.MSG_CMSG_CLOEXEC
         )
