@@ -12,7 +12,7 @@ from api.callers import caller_name
 from api.routes import Handler
 from config import AccessLog, SettingsInForce
 from telemetry.instruments import HttpInstruments
-from telemetry.logs import event
+from telemetry.logs import event, make_event
 
 _ROUTE = "route"
 _SLOW_SECONDS = 1.0
@@ -86,6 +86,6 @@ def _tell_malformed_requests_shortly(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError):
         record.levelno, record.levelname = logging.INFO, "INFO"
-        record.msg, record.args = "event=malformed_request error=%r", (error.message,)
         record.exc_info = None
+        make_event(record, "malformed_request", error=error.message)
     return True

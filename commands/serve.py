@@ -76,7 +76,7 @@ async def serve(
                     task.cancel()
     finally:
         await store.close()
-    log.info("event=stopped")
+    event(log, "stopped")
 
 
 def reload_settings(settings: SettingsInForce, read_settings: Callable[[], Settings]) -> None:
@@ -86,9 +86,10 @@ def reload_settings(settings: SettingsInForce, read_settings: Callable[[], Setti
     except ConfigError as error:
         event(log, "settings_refused", level=logging.ERROR, error=str(error), kept="old")
         return
-    log.info("event=settings_reloaded changed=%r", ",".join(change.changed))
+    event(log, "settings_reloaded", changed=",".join(change.changed))
     if change.needing_restart:
-        log.warning("event=settings_need_restart names=%r", ",".join(change.needing_restart))
+        names = ",".join(change.needing_restart)
+        event(log, "settings_need_restart", level=logging.WARNING, names=names)
 
 
 async def _serve_store(
@@ -134,7 +135,7 @@ async def _serve_store(
         _announce(url)
         _say_who_may_use_it(settings.current, await store.tokens.known())
         await stop.wait()
-        log.info("event=stopping")
+        event(log, "stopping")
         _announce_stop(len(await store.attempts.active()))
     finally:
         store.feed.close()  # whoever waits for something to happen is answered now

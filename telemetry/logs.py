@@ -7,7 +7,6 @@ a line is made of them. What libraries log has no fields and becomes ``message``
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import logging
 import re
@@ -19,7 +18,6 @@ from config import LogFormat
 
 _FIELDS = "event_fields"  # the attribute of a record that holds those of an event
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9_.@:+-]+")
-_FIELD = re.compile(r"([a-z_]+)=(%[-#0-9.]*[a-z]|[^\s%]+)")
 
 
 def configure(log_format: LogFormat) -> None:
@@ -48,6 +46,11 @@ def event(
         log.log(level, name, exc_info=exc_info, extra={_FIELDS: {"event": name, **fields}})
 
 
+def make_event(record: logging.LogRecord, name: str, /, **fields: object) -> None:
+    """Turn what a library logs into an event of ours."""
+    record.__dict__[_FIELDS] = {"event": name, **fields}
+
+
 class TextFormatter(logging.Formatter):
     """``time=... level=... logger=... event=... key=value``, an exception quoted at the end."""
 
@@ -72,7 +75,7 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname,
             "logger": record.name,
-            **(record.__dict__.get(_FIELDS) or _fields(record)),
+            **(record.__dict__.get(_FIELDS) or {"message": record.getMessage()}),
         }
         exception = _exception(record)
         if exception is not None:
@@ -111,24 +114,3 @@ def _one_line(text: str) -> str:
         return text
     # C1 controls steer terminals, and U+2028 ends lines too
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    fields = _template_fields(record.msg) if isinstance(record.msg, str) else ()
-    arguments = record.args if isinstance(record.args, tuple) else ()
-    if not fields or sum(value is None for _, value in fields) != len(arguments):
-        return {"message": record.getMessage()}
-    values = iter(arguments)
-    return {key: next(values) if value is None else value for key, value in fields}
-
-
-@functools.lru_cache(maxsize=512)
-def _template_fields(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Return the keys of a message and their values, None for those that are arguments.
-
-    Nothing for a message that is not one of ours.
-    """
-    words = [_FIELD.fullmatch(word) for word in template.split(" ")]
-    if not template.startswith("event=") or None in words:
-        return ()
-    return tuple((word[1], None if word[2].startswith("%") else word[2]) for word in words if word)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from telemetry.logs import JsonFormatter, TextFormatter, event
+from telemetry.logs import JsonFormatter, TextFormatter, event, make_event
 from tests.harness import AgentProcess, curl, eventually, running_server
 
 
@@ -24,9 +24,9 @@ def record(message: str, *arguments: object) -> logging.LogRecord:
 
 
 def test_json_has_the_fields_of_the_event_with_their_types() -> None:
-    line = JsonFormatter().format(
-        record("event=%s job=%d name=%s error=%r code=none ms=%.1f", "a", 7, "x\ny", "a b", 1.25)
-    )
+    told = record("of a library")
+    make_event(told, "a", job=7, name="x\ny", error="a b", code="none", ms=1.25)
+    line = JsonFormatter().format(told)
     assert "\n" not in line
     fields = json.loads(line)
     assert fields.pop("exception").endswith("ValueError: two\nlines")

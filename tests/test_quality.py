@@ -14,6 +14,9 @@ from tests.harness import PROJECT, run
 
 pytestmark = pytest.mark.quick
 
+_LONGEST_CLASS, _LONGEST_MODULE = 300, 450  # lines
+_MODULES_AT_THE_TOP = 9
+
 
 @pytest.mark.parametrize(
     "command",
@@ -95,6 +98,22 @@ def test_the_tree_of_the_documentation_is_the_tree_of_the_files() -> None:
     tops = {name.split("/")[0] + ("/" if "/" in name else ".py") for name in _modules()}
     assert tops - shown == set()
     assert {name for name in shown if not (PROJECT / name).exists()} == set()
+
+
+def test_classes_and_modules_are_small_enough_to_be_read() -> None:
+    for name, path in _modules().items():
+        text = path.read_text()
+        tree = ast.parse(text)
+        reason = ast.get_docstring(tree) or ""
+        assert len(text.splitlines()) <= _LONGEST_MODULE or "long because" in reason, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= _LONGEST_CLASS, f"{name}: {node.name} has {lines} lines"
+
+
+def test_few_modules_stand_at_the_top() -> None:
+    assert len(list(PROJECT.glob("*.py"))) <= _MODULES_AT_THE_TOP
 
 
 def test_no_import_goes_in_a_circle() -> None:
