@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from bench.scale import Scale
 from wire.frames import CHUNK_BYTES, encode_frame
 
 _HEALTH_PAUSE_SECONDS = 0.02
+_END_BYTES = 22  # of a ZIP without members or comment (APPNOTE.TXT, 4.3.16)
 
 
 async def upload(stage: Stage, scale: Scale) -> list[Figure]:
@@ -59,7 +61,7 @@ async def upload(stage: Stage, scale: Scale) -> list[Figure]:
 async def download(stage: Stage, scale: Scale) -> list[Figure]:
     """Download a large result, which a simulated agent delivered before."""
     server = await stage.server()
-    source = await _random_file(stage, scale.transfer_bytes)
+    source = await _random_archive(stage, scale.transfer_bytes)
     floor_server = await FloorServer.start(stage, source)
     job_id = await _make_result(stage, server, source)
     times: list[float] = []
@@ -98,7 +100,7 @@ async def _make_result(stage: Stage, server: Server, source: Path) -> int:
 async def results(stage: Stage, scale: Scale) -> list[Figure]:
     """Let a simulated agent stream a large result back, from its Finished to its Stored."""
     server = await stage.server()
-    source = await _random_file(stage, scale.result_bytes)
+    source = await _random_archive(stage, scale.result_bytes)
     floor_server = await FloorServer.start(stage, source)
     agent = await stage.module("bench.simulated_agents", server.url, "1", str(source))
     times: list[float] = []
@@ -170,6 +172,16 @@ async def _time(function: Callable[..., object], *arguments: object) -> float:
 async def _random_file(stage: Stage, size: int) -> Path:
     path = stage.directory / "random.bin"
     await asyncio.to_thread(client.write_random_file, path, size)
+    return path
+
+
+async def _random_archive(stage: Stage, size: int) -> Path:
+    """Make a file that a server takes for a result: random bytes, and the end of a ZIP."""
+    path = await _random_file(stage, size)
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 0, size - _END_BYTES, 0)
+    with open(path, "r+b") as file:
+        file.seek(size - _END_BYTES)
+        file.write(end)
     return path
 
 
