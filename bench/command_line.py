@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from bench.client import connected, submit, upload
-from bench.measure import Figure, Floor, Unit, below, milliseconds
+from bench.measure import Figure, Floor, Unit, below, milliseconds, server_memory
 from bench.processes import Stage
 from bench.scale import Scale
 
@@ -47,7 +47,7 @@ async def command(stage: Stage, scale: Scale) -> list[Figure]:
                 target=below(_TARGET_MILLISECONDS),
             )
         )
-    return figures
+    return [*figures, server_memory("command", server.peak_memory())]
 
 
 def _run(arguments: Sequence[str]) -> float:
