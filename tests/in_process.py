@@ -71,6 +71,24 @@ async def until(condition: Callable[[], bool], what: str) -> None:
     raise AssertionError(f"never: {what}")
 
 
+async def ended(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks until they have ended, whatever swallows a cancellation; fails the test if not.
+
+    What they failed of is not asked: a test that ends cuts them off anywhere.
+    """
+    left = set(tasks)
+    for _ in range(round(DEADLINE_SECONDS)):
+        if not left:
+            return
+        for task in left:
+            task.cancel()
+        done, left = await asyncio.wait(left, timeout=1)
+        for task in done:
+            if not task.cancelled():
+                task.exception()
+    raise AssertionError(f"they do not end: {left}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Frame:
     type: aiohttp.WSMsgType
@@ -233,8 +251,7 @@ class Machine:
     async def stop(self) -> None:
         """End its agent as a crash would; its jobs go on."""
         if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+            await ended(self._running)
             self.cut()
 
     def cut(self) -> None:
@@ -254,6 +271,10 @@ class Machine:
                 self.house.accept(theirs)
                 with contextlib.suppress(ConnectionEnded, ConnectionError, ProtocolError):
                     await converse(Connection(cast(aiohttp.ClientWebSocketResponse, ours)))
+            # a task group that fails while it is cancelled may swallow that (gh-116720)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
             await asyncio.sleep(0.001)
 
 
@@ -317,9 +338,7 @@ class House:
 
     async def close(self) -> None:
         """End the sessions."""
-        for session in list(self._sessions):
-            session.cancel()
-        await asyncio.gather(*self._sessions, return_exceptions=True)
+        await ended(*self._sessions)
 
 
 @contextlib.asynccontextmanager
@@ -348,6 +367,5 @@ async def running_house(
             await machine.stop()
         await house.close()
         for task in reversed(running):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await ended(task)
         await store.close()
