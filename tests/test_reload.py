@@ -56,7 +56,7 @@ async def test_limits_services_and_retention_change_without_a_restart(tmp_path: 
             "[services.dock]\nmax_runs = 2\n[services.fold]\nruns_per_user = 1\n"
         )
         await hang_up(server, "event=settings_reloaded changed='ALLOWED_HOSTS,services'")
-        expected = "event=settings_need_restart names='LOG_FORMAT'"
+        expected = "event=settings_need_restart names=LOG_FORMAT"
         await eventually(lambda: expected in server.log(), expected)
         assert (await curl("-H", "Host: other", f"{server.url}/")).status == 200
         # the quota applies at once: nothing else happened that would wake the scheduler
