@@ -148,11 +148,11 @@ def test_a_wrapper_gets_what_the_job_has() -> None:
     words = ("run", "--bind={directory}", "{cpus}", "{memory}", "{gpus}", "{other}")
     confinement = Confinement(
         Isolation(IsolationKind.WRAPPER, wrapper=words),
-        Place(Path("/work/attempts/7")),
+        Place(Path("/srv/attempts/7")),
         allotment=Allotment(4, 2**30, (0, 2)),
     )
     assert wrapper.enclose(confinement).argv == (
-        *("run", "--bind=/work/attempts/7/job", "4", "1073741824", "0,2", "{other}"),
+        *("run", "--bind=/srv/attempts/7/job", "4", "1073741824", "0,2", "{other}"),
         *("bash", "run.sh"),
     )
 
