@@ -382,7 +382,7 @@ async def test_memory_over_the_limit_and_the_options_of_a_service_hold_in_slurm(
         usage = (await _details(server, job))["usage"]
         assert usage["peak_memory"] > 64 << 20
         assert usage["wall_seconds"] > 0
-        ended = await server.wait(misled, "Failed")
+        ended = await server.wait(misled, "Failed", seconds=180)
         assert "the agent itself sets '--wrap=true'" in ended["message"]
         await agent.kill()
         slurm.cancel_all()
