@@ -246,8 +246,10 @@ async def test_the_fork_server_ends_with_its_agent_and_leaves_no_zombie(
     assert agent.process is not None
     (fork_server,) = fork_servers(agent.process.pid)
     assert zombies_of(fork_server) == []
-    witness = tmp_path / "witness"
-    job_id = await bare_server.upload(f"echo $PPID >> {witness}; sleep 1; echo done > out")
+    witness, go = tmp_path / "witness", tmp_path / "go"
+    job_id = await bare_server.upload(
+        f"echo $PPID >> {witness}; until [ -e {go} ]; do sleep 0.05; done; echo done > out"
+    )
     await eventually(lambda: len(lines(witness)) == 1, "it runs")
     supervisor = psutil.Process(int(lines(witness)[0]))
     assert supervisor.ppid() == fork_server.pid
@@ -255,6 +257,7 @@ async def test_the_fork_server_ends_with_its_agent_and_leaves_no_zombie(
     await eventually(lambda: not fork_server.is_running(), "the fork server ends, too")
     assert supervisor.is_running()
     await agent.start()
+    go.touch()
     assert (await bare_server.result(job_id)).read("out") == b"done\n"
     agent.process.terminate()
     assert await asyncio.wait_for(agent.process.wait(), 10) == 0
