@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import ipaddress
 import os
 import re
@@ -547,6 +548,7 @@ def load(
     return Settings(**values, services=MappingProxyType(services), config_file=file)
 
 
+@functools.cache
 def is_loopback(host: str) -> bool:
     """Whether a listening address can only be reached from this machine."""
     try:

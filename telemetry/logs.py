@@ -7,6 +7,7 @@ a line is made of them. What libraries log has no fields and becomes ``message``
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import logging
 import re
@@ -22,8 +23,10 @@ _PLAIN_WORD = re.compile(r"[A-Za-z0-9_.@:+-]+")
 
 def configure(log_format: LogFormat) -> None:
     """Send all log records to standard error in this form, from INFO on."""
-    # what no line shows need not be found out for each (docs.python.org/3/howto/logging.html)
+    # what no line shows need not be found out for each (docs.python.org/3/howto/logging.html,
+    # "Optimization", which names all of these)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_FORMATTERS[log_format]())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -91,8 +94,14 @@ _FORMATTERS: Mapping[LogFormat, type[logging.Formatter]] = {
 
 def _time(record: logging.LogRecord) -> str:
     """Return when it happened, RFC 3339 in UTC."""
-    at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    second, milliseconds = divmod(int(record.created * 1000), 1000)
+    return f"{_second(second)}.{milliseconds:03d}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def _second(second: int) -> str:
+    """Return a second since 1970 as text; most lines are of the same one as those before."""
+    return datetime.datetime.fromtimestamp(second, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _exception(record: logging.LogRecord) -> str | None:
@@ -103,6 +112,8 @@ def _exception(record: logging.LogRecord) -> str | None:
 
 def _text(value: object) -> str:
     """Return a value as it stands in a line: quoted, with escapes, unless it is one plain word."""
+    if type(value) is int:
+        return str(value)
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)

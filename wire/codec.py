@@ -24,6 +24,10 @@ _LARGEST_INTEGER = 2**63 - 1
 _SMALLEST_INTEGER = -(2**63)
 
 Parser: TypeAlias = Callable[[object], Any]
+Former: TypeAlias = Callable[[Any], Any]
+"""Makes of a value what JSON can say."""
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,7 @@ class UnknownMessage:
 
 def encode(message: Message) -> str:
     """Return the text frame for ``message``."""
-    fields = dataclasses.asdict(message)
-    fields["type"] = type(message).__name__.lower()
-    return json.dumps(fields, separators=(",", ":"))
+    return _to_json(_MESSAGE_FORMERS[type(message)](message))
 
 
 def decode(text: str) -> Message | UnknownMessage:
@@ -155,6 +157,55 @@ def _dataclass_parser(cls: type[Any]) -> Parser:
     return parse_fields
 
 
+def _former(annotation: Any) -> Former | None:
+    """Build the function that forms a value of this type; None if it can stay what it is.
+
+    ``dataclasses.asdict`` looks at each value anew, which takes four times as long.
+    """
+    if typing.get_origin(annotation) is types.UnionType:
+        (inner,) = (part for part in typing.get_args(annotation) if part is not types.NoneType)
+        return _optional_former(_former(inner))
+    if typing.get_origin(annotation) is tuple:
+        return _tuple_former(_former(typing.get_args(annotation)[0]))
+    return _dataclass_former(annotation) if dataclasses.is_dataclass(annotation) else None
+
+
+def _optional_former(form: Former | None) -> Former | None:
+    return None if form is None else lambda value: None if value is None else form(value)
+
+
+def _tuple_former(form: Former | None) -> Former | None:
+    return None if form is None else lambda values: [form(value) for value in values]
+
+
+def _dataclass_former(cls: Any) -> Former:
+    hints = typing.get_type_hints(cls)
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    nested = {name: form for name in names if (form := _former(hints[name])) is not None}
+
+    def form_fields(value: Any) -> dict[str, Any]:
+        fields = {name: getattr(value, name) for name in names}
+        for name, form in nested.items():
+            fields[name] = form(fields[name])
+        return fields
+
+    return form_fields
+
+
+def _message_former(cls: type[Any]) -> Former:
+    form, name = _dataclass_former(cls), cls.__name__.lower()
+
+    def form_message(message: Any) -> dict[str, Any]:
+        fields: dict[str, Any] = form(message)
+        fields["type"] = name
+        return fields
+
+    return form_message
+
+
 _MESSAGE_PARSERS: Mapping[str, Parser] = {
     cls.__name__.lower(): _dataclass_parser(cls) for cls in typing.get_args(Message)
+}
+_MESSAGE_FORMERS: Mapping[type, Former] = {
+    cls: _message_former(cls) for cls in typing.get_args(Message)
 }
