@@ -112,8 +112,9 @@ class Store:
             tasks.create_task(self._file.run(), name="store writer")
             tasks.create_task(self._eraser.run(), name="store eraser")
 
-    def _before_commit(self, events: Sequence[Any]) -> None:
+    def _before_commit(self, db: Database, events: Sequence[Any]) -> None:
         """For the writer, in its thread: readers may see from now on what this tells."""
+        self.statistics.count(db, events)
         self.jobs.doubt(events)
 
     def _publish(self, events: Sequence[Any]) -> None:

@@ -48,7 +48,7 @@ class DatabaseFile:
     def __init__(
         self,
         path: str,
-        before_commit: Callable[[Sequence[Any]], None],
+        before_commit: Callable[[Database, Sequence[Any]], None],
         publish: Callable[[Sequence[Any]], None],
     ) -> None:
         self._path = path

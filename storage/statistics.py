@@ -1,20 +1,23 @@
 """How many jobs came and ended, and how long they waited and ran, minute by minute.
 
-A trigger counts with every line of history, in its transaction, so that a crash loses nothing and
-no code can forget it. Minutes are folded to hours after a day, hours are forgotten after a month:
-there are never more than some 1,600 minutes and 800 hours of a service.
+What a transaction brings about is counted at its end and with it, so that a crash loses nothing.
+Minutes are folded to hours after a day, hours are forgotten after a month: there are never more
+than some 1,600 minutes and 800 hours of a service.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
+from events import Transition
+from jobs import FINAL_STATES, JobState
 from records import DiskSpace, StatisticsPeriod, StatisticsPoint
 from storage.database import Database
 from storage.file import DatabaseFile
 
-_HOUR = 3600
+_MINUTE, _HOUR = 60, 3600
 _KEPT_MINUTES_SECONDS = 26 * _HOUR  # a day, and the hours that are cut at its ends
 _KEPT_HOURS_SECONDS = 32 * 24 * _HOUR
 
@@ -28,6 +31,15 @@ class Statistics:
     def disk_space(self) -> DiskSpace:
         """Return how full the disk is that holds the database."""
         return self._file.disk_space()
+
+    def count(self, db: Database, events: Sequence[object]) -> None:
+        """For the writer: add what a transaction brings about to its minutes, before its commit."""
+        counts: dict[tuple[int, str], _Counts] = {}
+        for event in events:
+            if isinstance(event, Transition) and (event.before is None or event.after in _COUNTED):
+                minute = int(event.at) // _MINUTE * _MINUTE
+                counts.setdefault((minute, event.service), _Counts()).add(event)
+        db.executemany(_ADD, [(*key, *astuple(sums)) for key, sums in counts.items()])
 
     async def of(
         self, period: StatisticsPeriod, now: float, service: str | None
@@ -59,6 +71,51 @@ class Statistics:
         await self._file.write(operation)
 
 
+_COUNTED = {JobState.RUNNING, *FINAL_STATES}
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What a row of the table counts, in the order of its columns."""
+
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    killed: int = 0
+    invalid: int = 0
+    waits: int = 0
+    wait_seconds: float = 0.0
+    runs: int = 0
+    run_seconds: float = 0.0
+
+    def add(self, event: Transition) -> None:
+        """Count one transition."""
+        self.submitted += event.before is None
+        self.completed += event.after is JobState.COMPLETED
+        self.failed += event.after is JobState.FAILED
+        self.killed += event.after is JobState.KILLED
+        self.invalid += event.after is JobState.INVALID
+        if event.after is JobState.RUNNING and event.created_at is not None:
+            self.waits += 1
+            self.wait_seconds += max(event.at - event.created_at, 0)
+        elif event.before is JobState.RUNNING and event.started_at is not None:
+            self.runs += 1
+            self.run_seconds += max(event.at - event.started_at, 0)
+
+
+_COLUMNS = """submitted, completed, failed, killed, invalid,
+    waits, wait_seconds, runs, run_seconds"""
+
+_MORE = """ON CONFLICT (step, time, service) DO UPDATE SET
+        submitted = submitted + excluded.submitted, completed = completed + excluded.completed,
+        failed = failed + excluded.failed, killed = killed + excluded.killed,
+        invalid = invalid + excluded.invalid, waits = waits + excluded.waits,
+        wait_seconds = wait_seconds + excluded.wait_seconds, runs = runs + excluded.runs,
+        run_seconds = run_seconds + excluded.run_seconds"""
+
+_ADD = f"""INSERT INTO statistic (step, time, service, {_COLUMNS})
+    VALUES ({_MINUTE}, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) {_MORE}"""
+
 _SUMS = """sum(submitted), sum(completed), sum(failed), sum(killed), sum(invalid),
     sum(waits), sum(wait_seconds), sum(runs), sum(run_seconds)"""
 
@@ -68,16 +125,9 @@ _POINTS = f"""SELECT time - time % :step AS point, {_SUMS} FROM statistic
     GROUP BY point"""
 """Steps go one into the other, so a minute or an hour lies in one point whole."""
 
-_FOLD = f"""INSERT INTO statistic (step, time, service, submitted, completed, failed, killed,
-        invalid, waits, wait_seconds, runs, run_seconds)
-    SELECT 3600, time - time % 3600 AS hour, service, {_SUMS} FROM statistic
-    WHERE step = 60 AND time < ? GROUP BY hour, service
-    ON CONFLICT (step, time, service) DO UPDATE SET
-        submitted = submitted + excluded.submitted, completed = completed + excluded.completed,
-        failed = failed + excluded.failed, killed = killed + excluded.killed,
-        invalid = invalid + excluded.invalid, waits = waits + excluded.waits,
-        wait_seconds = wait_seconds + excluded.wait_seconds, runs = runs + excluded.runs,
-        run_seconds = run_seconds + excluded.run_seconds"""
+_FOLD = f"""INSERT INTO statistic (step, time, service, {_COLUMNS})
+    SELECT {_HOUR}, time - time % {_HOUR} AS hour, service, {_SUMS} FROM statistic
+    WHERE step = {_MINUTE} AND time < ? GROUP BY hour, service {_MORE}"""
 
 
 def _point(row: Sequence[Any]) -> StatisticsPoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,16 +48,18 @@ def transition(
     ((created_at, started_at, message, *demand),) = db.execute(
         _SET_STATE[after], (after, now, job.id, message)
     ).fetchall()
-    line = write_history(db, job, now, job.state, after, reason)
-    db.announce(
-        dataclasses.replace(
-            line,
-            created_at=created_at,
-            started_at=started_at,
-            message=message,
-            demand=demand_of(demand),
-            usage=usage,
-        )
+    announce(
+        db,
+        job,
+        now,
+        job.state,
+        after,
+        reason,
+        created_at=created_at,
+        started_at=started_at,
+        message=message,
+        demand=demand_of(demand),
+        usage=usage,
     )
 
 
@@ -101,26 +102,44 @@ _SET_STATE: Mapping[JobState, str] = {
 """How each state is entered; the times of a job are those of its last attempt."""
 
 
-def write_history(
-    db: Database, job: JobRow, at: float, before: JobState | None, after: JobState, reason: str
-) -> Transition:
-    """Write one line of a job's history and return it."""
+def announce(
+    db: Database,
+    job: JobRow,
+    at: float,
+    before: JobState | None,
+    after: JobState,
+    reason: str,
+    *,
+    created_at: float,
+    message: str,
+    demand: Demand,
+    started_at: float | None = None,
+    usage: Usage | None = None,
+) -> None:
+    """Write one line of a job's history, and have it told once it is committed."""
     row = (job.id, job.attempts, at, before, after, reason)
     row_id = db.execute(
         "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason, crc32)"
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
         (*row, checksum_of_row(row)),
     ).lastrowid
-    return Transition(
-        cast(int, row_id),
-        job.id,
-        job.user_id,
-        job.service,
-        job.attempts,
-        at,
-        before,
-        after,
-        reason,
+    db.announce(
+        Transition(
+            cast(int, row_id),
+            job.id,
+            job.user_id,
+            job.service,
+            job.attempts,
+            at,
+            before,
+            after,
+            reason,
+            created_at,
+            started_at,
+            message,
+            demand,
+            usage,
+        )
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from storage.blobs import Blobs, insert_chunks, open_blob
 from storage.checksums import checksum_of_row
 from storage.database import Database
 from storage.file import DatabaseFile, is_short_write
-from storage.transitions import JobRow, write_history
+from storage.transitions import JobRow, announce
 from telemetry import metrics
 from telemetry.logs import event
 from wire.frames import CHUNK_BYTES
@@ -264,9 +263,17 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
         "UPDATE job SET crc32 = ? WHERE id = ?", (checksum_of_request(job_id, request, now), job_id)
     )
     job = JobRow(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
-    line = write_history(db, job, now, None, JobState.QUEUED, reason)
-    demand = Demand(request.resources)
-    db.announce(dataclasses.replace(line, created_at=now, message=message, demand=demand))
+    announce(
+        db,
+        job,
+        now,
+        None,
+        JobState.QUEUED,
+        reason,
+        created_at=now,
+        message=message,
+        demand=Demand(request.resources),
+    )
     return JobIdentity(job_id, request.user_id, request.service)
 
 

@@ -40,13 +40,13 @@ class Writer:
     def __init__(
         self,
         connection: Connection,
-        before_commit: Callable[[Sequence[Any]], None],
+        before_commit: Callable[[Database, Sequence[Any]], None],
         publish: Callable[[Sequence[Any]], None],
     ) -> None:
         """``publish`` is called with what the operations of a committed batch announced.
 
-        ``before_commit`` is called with the same in the connection's thread: between the two
-        other connections may see it although nobody has been told.
+        ``before_commit`` is called with the same in the connection's thread, in the transaction:
+        between the two other connections may see it although nobody has been told.
         """
         self._connection = connection
         self._before_commit = before_commit
@@ -184,7 +184,7 @@ _Outcome: TypeAlias = tuple[Any, Exception | None]
 def _run_batch(
     db: Database,
     functions: Sequence[Callable[[Database], Any]],
-    before_commit: Callable[[Sequence[Any]], None],
+    before_commit: Callable[[Database, Sequence[Any]], None],
 ) -> tuple[list[_Outcome], list[Any]]:
     db.announcements = []
     db.execute("BEGIN IMMEDIATE")
@@ -193,7 +193,7 @@ def _run_batch(
         run = _run_in_savepoint if len(functions) > 1 else _run_alone
         outcomes = [run(db, function) for function in functions]
         if db.announcements:
-            before_commit(db.announcements)
+            before_commit(db, db.announcements)
         db.execute("COMMIT")
         return outcomes, db.announcements
     except BaseException:

@@ -28,7 +28,7 @@ def totals(points: list[StatisticsPoint]) -> tuple[int, int, int, int]:
 
 
 def put(path: Path, *rows: tuple[int, float, int, str]) -> None:
-    """Write rows of step, time, completed jobs and service, as the trigger and folding do."""
+    """Write rows of step, time, completed jobs and service, as counting and folding do."""
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.executemany(
             "INSERT INTO statistic VALUES (?, ?, ?, ?, ?, 0, 0, 0, 1, 2.0, 1, 4.0)",
