@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -93,12 +94,23 @@ class Agent:
         for path in found.unreadable:
             # the server will hear nothing of it, and have its job run again
             await self._end_abandoned(path)
+        self._demand_same_executor(found.attempts)
         # first those that are not held for long: an id may have been given out twice
         for directory in sorted(found.attempts, key=lambda found: not found.is_dropped()):
             execution = self._executor.execution(directory)
             attempt = self._hold(directory, execution, phase_of(directory, execution))
             if directory.is_dropped():
                 self._drop(attempt.id, "the server did not want it")
+
+    def _demand_same_executor(self, attempts: Sequence[AttemptDirectory]) -> None:
+        """Raise :class:`AgentRefused` if jobs may run where this agent does not look."""
+        for directory in attempts:
+            other = directory.executor
+            if other not in ("", self._executor.name) and not directory.has_result():
+                raise AgentRefused(
+                    f"{self._settings.workdir} holds jobs of the executor {other}: start the agent"
+                    f" with --executor {other}, as before, or with another --workdir"
+                )
 
     async def _end_abandoned(self, path: Path) -> None:
         try:
@@ -267,7 +279,7 @@ class Agent:
         if assign.attempt_id in self._held:
             return  # repeated
         path = path_of(self._attempts_path, assign.attempt_id, self._incarnation)
-        directory = AttemptDirectory(path, assign, self._incarnation)
+        directory = AttemptDirectory(path, assign, self._incarnation, self._executor.name)
         execution = self._executor.execution(directory)
         held = self._hold(directory, execution, AttemptPhase.RECEIVING)
         held.connect(messages.KeptAttempt(held.id, 0, 0, 0))

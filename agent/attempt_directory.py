@@ -5,8 +5,7 @@ The files there say how far the attempt is:
     attempt.json   what is to be run, and since which boot   (the attempt is held)
     job/           the working directory      (being filled, then the job's own)
     exit.new       space for what follows     (the input is whole)
-    executor       a link whose text is the name of what starts the job
-    ...            what that leaves for itself (``local``: the link ``process``)
+    ...            what the executor leaves for itself (``local``: the link ``process``)
     kill           the agent wants it ended
     dropped        the server does not want it
     exit           how the job ended
@@ -62,18 +61,25 @@ _LONGEST_FILE_ENTRY = 1024  # bytes of attempt.json
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # ioctl_iflags(2), where a long has 8 bytes
 _TOP_OF_DIRECTORIES = 0x00020000
 _ATTEMPT = "attempt.json"
-_EXECUTOR = "executor"
+_BEFORE_INPUT = {_ATTEMPT, "job", "kill", "dropped"}
+"""All that may be there while ``attempt.json`` is not whole: nothing is started before."""
 _REMOVED = "removed-"
 
 
 class AttemptDirectory:
     """One attempt on this machine, as far as files tell of it."""
 
-    def __init__(self, path: Path, assign: Assign, incarnation: str = "") -> None:
-        """``incarnation`` is that of the server's database in which the attempt has its id."""
+    def __init__(
+        self, path: Path, assign: Assign, incarnation: str = "", executor: str = ""
+    ) -> None:
+        """``incarnation`` is that of the server's database in which the attempt has its id.
+
+        ``executor`` is the name of what starts the job, empty if that is not known.
+        """
         self.path = path
         self.assign = assign
         self.incarnation = incarnation
+        self.executor = executor
         self.is_of_this_boot = True
         self._input_offset = 0
         self._whole: dict[str, str] = {}  # SHA-256 of the input files that came in one piece
@@ -96,7 +102,7 @@ class AttemptDirectory:
             raise JobLost(f"{self.path} is in the way, whatever it is") from None
         (self.path / "job").mkdir()
         input_files.make_directories(self.path / "job", (file.name for file in self.assign.files))
-        record = AttemptRecord(self.assign, _boot_id(), self.incarnation)
+        record = AttemptRecord(self.assign, _boot_id(), self.incarnation, self.executor)
         # nothing to rename: half of it is known as such, and nobody has claimed the directory yet
         with plain_files.open_new(self.path / _ATTEMPT) as file:
             file.write(encode_attempt(record).encode())
@@ -108,7 +114,7 @@ class AttemptDirectory:
         Raises :class:`Unreadable` or :class:`OSError`.
         """
         record = decode_attempt(plain_files.read_text(path / _ATTEMPT))
-        directory = cls(path, record.assign, record.incarnation)
+        directory = cls(path, record.assign, record.incarnation, record.executor)
         directory._input_offset = directory._measure_input()
         directory.is_of_this_boot = record.boot == _boot_id()
         return directory
@@ -120,26 +126,6 @@ class AttemptDirectory:
     def has_result(self) -> bool:
         """Whether the result was made and lies on the disk."""
         return os.path.lexists(self.path / "finished.json")
-
-    def claim(self, executor: str) -> None:
-        """Write down which executor is about to start the job.
-
-        Raises :class:`JobLost` if it was another: then it may run there.
-        """
-        try:
-            # a link to nowhere: there whole or not at all, in one call
-            (self.path / _EXECUTOR).symlink_to(executor)
-        except FileExistsError:
-            if (other := self.executor()) != executor:
-                raise JobLost(
-                    f"it was started by the executor {other!r}, which this agent no longer uses"
-                ) from None
-
-    def executor(self) -> str | None:
-        """Return the name of the executor that started the job, or was about to; None if none."""
-        with suppress(FileNotFoundError):
-            return os.readlink(self.path / _EXECUTOR)
-        return None
 
     def mark_to_be_killed(self) -> None:
         """Have the job end, or never start, by whoever sees this mark."""
@@ -286,15 +272,12 @@ def find_all(root: Path) -> Found:
 
 def _is_claimed(path: Path) -> bool:
     """Whether an executor may have started something there; also if that can't be found out."""
-    for name in (_EXECUTOR, "process"):
-        try:
-            (path / name).lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            return True
+    try:
+        return not set(os.listdir(path)) <= _BEFORE_INPUT
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
         return True
-    return False
 
 
 def _check_names(assign: Assign) -> None:

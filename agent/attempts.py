@@ -215,7 +215,7 @@ class Attempt:
             ended = await self._end_of_job()
         if ended is not None:
             self._is_ending = True  # from here on there is nothing to kill
-            self._finished = await self._result.make(ended, self.execution.usage())
+            self._finished = await self._result.make(ended, self.execution.usage(ended))
         else:
             self._finished = await asyncio.to_thread(self._result.report)
         self._enter(AttemptPhase.FINISHED)
@@ -225,7 +225,7 @@ class Attempt:
         ended = await self.execution.kill()
         if self.phase is AttemptPhase.ACCEPTED and self.execution.is_started():
             self._enter(AttemptPhase.RUNNING)  # it was started before the kill came
-        self._finished = await self._result.make(ended, self.execution.usage())
+        self._finished = await self._result.make(ended, self.execution.usage(ended))
         self._enter(AttemptPhase.FINISHED)
 
     async def _receive_input(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from jobs import Usage
+
 
 class JobLost(Exception):
     """The attempt can't go on here; the message says why. Another attempt may succeed."""
@@ -31,10 +33,12 @@ class ExitKind(enum.StrEnum):
 class Exit:
     """How a job ended; ``code`` is the exit code or the signal's number, if there is one.
 
-    ``memory_used`` are the bytes that were over the limit.
+    ``memory_used`` are the bytes that were over the limit. ``usage`` is None where that is not
+    known, or stands in a record of its own.
     """
 
     kind: ExitKind
     code: int = 0
     message: str = ""
     memory_used: int = 0
+    usage: Usage | None = None

@@ -30,17 +30,23 @@ class Incomplete(Unreadable):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """What an attempt is: the order, when the machine was started, and whose id it has."""
+    """What an attempt is: the order, when the machine was started, whose id it has, what runs it.
+
+    ``executor`` is empty in records of agents that had but one.
+    """
 
     assign: Assign
     boot: str
     incarnation: str
+    executor: str
 
 
 def encode_attempt(record: AttemptRecord) -> str:
     """Return the text of ``attempt.json``."""
     assign = record.assign
+    output, resources, isolation = assign.output, assign.resources, assign.isolation
     return _encode(
+        executor=record.executor,
         boot=record.boot,
         incarnation=record.incarnation,
         job_id=assign.job_id,
@@ -50,10 +56,26 @@ def encode_attempt(record: AttemptRecord) -> str:
         service=assign.service,
         timeout_seconds=assign.timeout_seconds,
         grace_seconds=assign.grace_seconds,
-        output=asdict(assign.output),
+        output={
+            "result_bytes": output.result_bytes,
+            "result_files": output.result_files,
+            "log_bytes": output.log_bytes,
+        },
         files=[[file.name, file.size, file.sha256] for file in assign.files],
-        resources=asdict(assign.resources),
-        isolation=asdict(assign.isolation),
+        resources={
+            "cpus": resources.cpus,
+            "memory": resources.memory,
+            "gpus": resources.gpus,
+        },
+        isolation={
+            "kind": isolation.kind,
+            "network": isolation.network,
+            "readable": isolation.readable,
+            "writable": isolation.writable,
+            "image": isolation.image,
+            "wrapper": isolation.wrapper,
+        },
+        slurm_options=assign.slurm_options,
     )
 
 
@@ -62,15 +84,16 @@ def decode_attempt(text: str) -> AttemptRecord:
     if not text.startswith("{"):
         boot, _, text = text.partition("\n")
         fields = _decode(text)
-        incarnation = ""
+        incarnation = executor = ""
         files = [(file["name"], file["size"], file["sha256"]) for file in _list(fields)]
     else:
         fields = _decode(text)
         _check_format(fields)
         boot, incarnation = str(fields.get("boot")), str(fields.get("incarnation"))
+        executor = str(fields.get("executor"))
         files = [(name, size, sha256) for name, size, sha256 in _list(fields)]
     try:
-        return AttemptRecord(_assign_of(fields, files), boot, incarnation)
+        return AttemptRecord(_assign_of(fields, files), boot, incarnation, executor)
     except (KeyError, TypeError, ValueError) as error:
         raise Unreadable(f"a field is wrong or missing: {error!r}") from None
 
@@ -154,4 +177,5 @@ def _assign_of(fields: dict[str, Any], files: list[tuple[str, int, str]]) -> Ass
             image=isolation.get("image"),
             wrapper=tuple(isolation.get("wrapper", ())),
         ),
+        slurm_options=tuple(fields.get("slurm_options", ())),
     )

@@ -2,9 +2,9 @@
 
 An executor is made once for an agent and gives one :class:`Execution` for each attempt, a new
 one as well as one that an earlier process of the agent left. What an execution must know after a
-restart lies in the attempt's directory: before it starts anything, it writes there who it is
-(:meth:`agent.attempt_directory.AttemptDirectory.claim`). So a crash at any instant leaves either
-nothing started, or a record by which the next process finds what was.
+restart lies in the attempt's directory, which says from its beginning whose it is
+(:attr:`Executor.name`); who starts something there leaves its own mark first. So a crash at any
+instant leaves either nothing started, or a record by which the next process finds what was.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Execution(ABC):
         started is never started after this.
         """
 
-    def usage(self) -> Usage | None:
-        """Return what the job has used, once it has ended; None if that is not known."""
+    def usage(self, ended: Exit) -> Usage | None:
+        """Return what the job has used that ended so; None if that is not known."""
         return None
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Executor(ABC):
     """One way to run jobs."""
 
     name: str
-    """What stands in the directory of an attempt that this executor started."""
+    """What stands in the directory of an attempt that this executor is to run."""
 
     is_remote = False
     """Whether jobs write their files on other machines, so that nobody is told of it here."""

@@ -21,7 +21,7 @@ from agent.executors.process_tree import ProcessTree
 from agent.executors.records import (
     exit_record,
     supervisor_errors,
-    usage_record,
+    usage_of,
     write_exit_record,
 )
 from agent.isolation.base import PREPARING_MODULE, Allotment, CannotIsolate, Enclosure, Place
@@ -143,9 +143,6 @@ class LocalExecution(Execution):
 
         Of several supervisors of a directory only the first takes it.
         """
-        self._directory.claim(LocalExecutor.name)
-        if self.is_started():
-            return None
         allotted = await self._allotments.take(self._directory.path, command.resources)
         assign = self._directory.assign
         if assign.isolation.image is None and len(assign.files) <= _FEW_FILES:
@@ -223,9 +220,9 @@ class LocalExecution(Execution):
             return await self._cleaned(await self._ended_by(last_moment, ExitKind.KILLED))
         return Exit(ExitKind.KILLED)
 
-    def usage(self) -> Usage | None:
+    def usage(self, ended: Exit) -> Usage | None:
         """Return what the supervisor says that the job has used."""
-        return usage_record(self._directory.path)
+        return usage_of(self._directory.path, ended)
 
     async def _cleaned(self, ended: Exit) -> Exit:
         self._allotments.give_back(self._directory.path)
@@ -240,8 +237,7 @@ class LocalExecution(Execution):
     def _last_moment(self) -> float | None:
         """Return when the time limit and the grace period are over, by CLOCK_MONOTONIC."""
         assign = self._directory.assign
-        claimed_at = self._tree.claimed_at()
-        if assign.timeout_seconds is None or claimed_at is None:
+        if assign.timeout_seconds is None or (claimed_at := self._tree.claimed_at()) is None:
             return None
         return claimed_at + assign.timeout_seconds + assign.grace_seconds
 

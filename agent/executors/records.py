@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from agent import plain_files
 from agent.outcomes import Exit, ExitKind, JobLost
@@ -18,11 +20,16 @@ def exit_record(attempt: Path) -> Exit | None:
     """
     try:
         record = json.loads(plain_files.read_text(attempt / "exit"))
-        kind = ExitKind(record["kind"])
-        return Exit(kind, record.get("code", 0), memory_used=record.get("used", 0))
+        usage = _usage_of(record["usage"]) if "usage" in record else None
+        return Exit(
+            ExitKind(record["kind"]),
+            record.get("code", 0),
+            memory_used=record.get("used", 0),
+            usage=usage,
+        )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise JobLost(f"the record of the job's end can't be read: {error}") from None
 
 
@@ -31,16 +38,20 @@ def write_exit_record(attempt: Path, kind: ExitKind) -> None:
     plain_files.replace_text(attempt / "exit", json.dumps({"kind": kind}))
 
 
-def usage_record(attempt: Path) -> Usage | None:
-    """Return what the job used; None if its supervisor could not say so."""
+def usage_of(attempt: Path, ended: Exit) -> Usage | None:
+    """Return what a job used that ended so; None if its supervisor could not say so."""
+    if ended.usage is not None:
+        return ended.usage
     with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(plain_files.read_text(attempt / "exit")).get("usage")
-        if record is None:  # it had processes to end first
-            record = json.loads(plain_files.read_text(attempt / "usage"))
-        return Usage(
-            float(record["cpu_seconds"]), int(record["peak_memory"]), float(record["wall_seconds"])
-        )
+        # it had processes to end first, so this is a file of its own
+        return _usage_of(json.loads(plain_files.read_text(attempt / "usage")))
     return None
+
+
+def _usage_of(record: Mapping[str, Any]) -> Usage:
+    return Usage(
+        float(record["cpu_seconds"]), int(record["peak_memory"]), float(record["wall_seconds"])
+    )
 
 
 def supervisor_errors(attempt: Path) -> str:

@@ -15,7 +15,7 @@ from agent import plain_files
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Execution, Executor
 from agent.executors.slurm_commands import SlurmSilent, Standing
-from agent.executors.slurm_execution import EXECUTOR_NAME, SlurmExecution
+from agent.executors.slurm_execution import SlurmExecution
 from agent.executors.slurm_host import SubmitHost
 from agent.executors.slurm_records import name_in
 from jobs import (
@@ -36,7 +36,7 @@ _NO_CONTAINERS = "containers are not started through Slurm; a wrapper can do it"
 class SlurmExecutor(Executor):
     """Runs jobs on the nodes of a cluster."""
 
-    name = EXECUTOR_NAME
+    name = "slurm"
     is_remote = True
 
     def __init__(self, host: SubmitHost) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.attempt_directory import AttemptDirectory
 from agent.executors.base import Command, Execution
-from agent.executors.records import usage_record
+from agent.executors.records import usage_of
 from agent.executors.slurm_commands import Refusal, SlurmSilent, Standing, SubmissionRefused
 from agent.executors.slurm_ending import CONFIRM_SECONDS, Ending, now
 from agent.executors.slurm_host import SubmitHost
@@ -27,8 +27,6 @@ from agent.outcomes import Exit, ExitKind, JobLost
 from config import ConfigError
 from jobs import Usage
 from runtime import PASSED_PREFIXES, PASSED_VARIABLES
-
-EXECUTOR_NAME = "slurm"
 
 _SETTLE_SECONDS = 5.0  # for a submission whose answer was lost to be seen by squeue
 _FIRST_RETRY_SECONDS = 5.0
@@ -67,7 +65,6 @@ class SlurmExecution(Execution):
 
     async def start(self, command: Command, on_reason: Callable[[str], None]) -> Exit | None:
         """Submit the job and wait until it runs; returns its end if it never will."""
-        self._directory.claim(EXECUTOR_NAME)
         with self._watch.watching(self._path.name) as news:
             if self._records.number() is None:
                 refused = await self._submit_once(command, on_reason)
@@ -270,9 +267,9 @@ class SlurmExecution(Execution):
         number = self._records.number()
         self._records.log("cancel_unanswered", {"slurm": number, "error": str(error)})
 
-    def usage(self) -> Usage | None:
+    def usage(self, ended: Exit) -> Usage | None:
         """Return what the supervisor on the node says that the job has used."""
-        return usage_record(self._path)
+        return usage_of(self._path, ended)
 
     def forget(self) -> None:
         """Remove what the batch job itself has printed."""

@@ -94,9 +94,7 @@ class _Execution(Execution):
         self._directory.check_boot()
 
     async def start(self, command: Command, on_reason: Callable[[str], None]) -> Exit | None:
-        self._step("before the claim")
-        self._directory.claim(CrashingExecutor.name)
-        self._step("after the claim")
+        self._step("before the start")
         subprocess.Popen(  # noqa: ASYNC220
             ["bash", "-c", _SHELL, "job", *command.argv],
             cwd=self._path,
@@ -129,7 +127,7 @@ class _Execution(Execution):
         self._step("after the kill")
         return exit_record(self._path) or Exit(ExitKind.KILLED)
 
-    def usage(self) -> None:
+    def usage(self, ended: Exit) -> None:
         self._step("usage")
 
     def forget(self) -> None:

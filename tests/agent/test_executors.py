@@ -14,8 +14,7 @@ _ENDED = {
     "run": 1,
     "execution": 2,
     "check": 2,
-    "before the claim": 1,
-    "after the claim": 1,
+    "before the start": 1,
     "while it starts": 1,
     "after the start": 1,
     "before the wait": 1,
@@ -79,18 +78,22 @@ async def test_an_agent_that_dies_while_it_kills_a_job_ends_it_after_its_return(
     assert not [process for process in patient_server.processes() if process.name() == "sleep"]
 
 
-async def test_an_attempt_of_another_executor_is_reported_lost_and_not_started_again(
+async def test_an_agent_with_another_executor_leaves_alone_what_the_one_before_runs(
     patient_server: Server, tmp_path: Path
 ) -> None:
     witness = tmp_path / "witness"
     agent = crashing_agent(patient_server)
-    job_id = await patient_server.upload(f"echo runs >> {witness}; sleep 1000")
-    await agent.start(environment={"CRASH_AT": "after the claim"})
+    job_id = await patient_server.upload(f"echo runs >> {witness}; echo kept > file")
+    await agent.start(environment={"CRASH_AT": "before the start"})
     assert agent.process is not None
     assert await asyncio.wait_for(agent.process.wait(), 60) == -signal.SIGKILL
-    agent.through = ()
+    through, agent.through = agent.through, ()
     await agent.start()
-    await eventually(lambda: "no longer uses" in agent.log(), "it is reported lost")
-    await eventually(lambda: lines(witness) == ["runs"], "a second attempt runs it")
-    assert patient_server.query("SELECT count(*) FROM attempt") == [(2,)]
-    assert await patient_server.wait(job_id, "Running")
+    assert await asyncio.wait_for(agent.process.wait(), 60) == 2
+    assert "--executor crashing" in agent.log()
+    assert lines(witness) == []
+    agent.through = through
+    await agent.start()
+    assert (await patient_server.result(job_id)).read("file") == b"kept\n"
+    assert lines(witness) == ["runs"]
+    assert patient_server.query("SELECT count(*) FROM attempt") == [(1,)]

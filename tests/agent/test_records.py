@@ -28,6 +28,7 @@ ASSIGN = Assign(
     (FileSpec("run.sh", 4, "ab" * 32), FileSpec("in/data", 0, "cd" * 32)),
     Resources(2, 8 << 30, 1),
     Isolation(IsolationKind.LANDLOCK, network=False, readable=("/data",)),
+    ("--partition=gpu",),
 )
 REPORT = Finished(7, JobState.FAILED, 3, "run.sh ended with exit code 3", 22, "ef" * 32)
 
@@ -45,7 +46,7 @@ OLD_REPORT = (
 
 
 def test_records_come_back_as_they_were_written() -> None:
-    record = AttemptRecord(ASSIGN, "boot", "life")
+    record = AttemptRecord(ASSIGN, "boot", "life", "local")
     assert decode_attempt(encode_attempt(record)) == record
     assert decode_report(encode_report(REPORT)) == REPORT
 
@@ -61,7 +62,7 @@ def test_records_of_the_version_before_are_read() -> None:
 
 
 def test_a_record_that_was_not_written_to_its_end_is_told_from_one_of_another_format() -> None:
-    text = encode_attempt(AttemptRecord(ASSIGN, "boot", "life"))
+    text = encode_attempt(AttemptRecord(ASSIGN, "boot", "life", "local"))
     for length in range(len(text)):
         with pytest.raises(Incomplete):
             decode_attempt(text[:length])
@@ -86,12 +87,12 @@ def made(root: Path, name: str, text: str, *claims: str) -> Path:
 
 
 def test_only_what_is_surely_incomplete_and_was_never_claimed_is_removed(tmp_path: Path) -> None:
-    text = encode_attempt(AttemptRecord(ASSIGN, "boot", "life"))
+    text = encode_attempt(AttemptRecord(ASSIGN, "boot", "life", "local"))
     made(tmp_path, "7.life", text)
     half = made(tmp_path, "8.life", text[:40])
     removed = made(tmp_path, "removed-9.life", text, "process")
     kept = {
-        made(tmp_path, "10.life", text[:40], "executor"),
+        made(tmp_path, "10.life", text[:40], "slurm-name"),
         made(tmp_path, "11", text[:40], "process"),
         made(tmp_path, "12.life", json.dumps({**json.loads(text), "format": 99})),
         made(tmp_path, "13.life", text),
@@ -162,7 +163,6 @@ async def test_an_agent_of_this_version_adopts_the_jobs_of_the_version_before(
     link = os.readlink(directory / "process")
     (directory / "process").unlink()
     (directory / "process").symlink_to(" ".join(link.split()[:2]))
-    (directory / "executor").unlink()
     directory.rename(directory.with_name("1"))  # that version knew nothing of incarnations
     await agent.start()
     await agent.wait_connected()
