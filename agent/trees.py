@@ -181,14 +181,15 @@ def _open_file(entry: Entry) -> IO[bytes]:
 def remove_tree(top: Path) -> None:
     """Remove a directory with all that a job may have left in it; no error if there is none."""
     with suppress(FileNotFoundError):
+        remove_contents(top)
         while not _remove_empty(top):
             remove_contents(top)
 
 
-def _remove_empty(directory: Path) -> bool:
+def _remove_empty(directory: str | Path, within: int | None = None) -> bool:
     """Remove a directory, unless there is something in it."""
     try:
-        directory.rmdir()
+        os.rmdir(directory, dir_fd=within)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # POSIX allows either
             raise
@@ -216,7 +217,7 @@ def _remove_some(directory: int, numbers: Iterator[int]) -> bool:
     has_moved = False
     for names in _portions_of_names(directory):
         for name in names:
-            if not _unlink(name, directory):
+            if not _unlink(name, directory) and not _remove_empty(name, directory):
                 has_moved |= _empty_into(name, directory, numbers)
                 os.rmdir(name, dir_fd=directory)
     return has_moved

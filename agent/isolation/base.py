@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs import RUN_SCRIPT, Isolation
 
@@ -28,6 +29,10 @@ class JobUser:
     groups: tuple[int, ...] = ()
     name: str | None = None
     home: str | None = None
+
+    def ids(self) -> list[object]:
+        """Return what tells the kernel who this is: user, group, further groups."""
+        return [self.uid, self.gid, list(self.groups)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +91,4 @@ class Enclosure:
 
     argv: tuple[str, ...]
     variables: Mapping[str, str]
-    preparation: Mapping[str, object] | None = None
+    preparation: Mapping[str, Any] | None = None

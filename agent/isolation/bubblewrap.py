@@ -63,11 +63,16 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
         argv=tuple(argv),
         variables={**confinement.variables, "TMPDIR": "/tmp"},
         preparation={
-            "user": None if user is None else [user.uid, user.gid, list(user.groups)],
-            "new_privileges": False,
-            "landlock": None,  # abstract sockets are of a network namespace, and that is shared
-            "filter": seccomp.is_supported(),
-            "network": True,
+            "lasting": {
+                "new_privileges": False,
+                "filter": seccomp.is_supported(),
+                "network": True,
+            },
+            "own": {
+                "user": None if user is None else user.ids(),
+                "landlock": None,  # abstract sockets are of a network namespace, and that is shared
+                "network": True,
+            },
         },
     )
 

@@ -182,9 +182,6 @@ class Isolator:
             place.temporary.mkdir(mode=0o700, exist_ok=True)
         if user is not None:
             hand_over(place, user)
-        elif resolved.kind is IsolationKind.LANDLOCK:
-            for path in place.logs:  # a rule names a file, not where one will be
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
         confinement = Confinement(
             resolved,
             place,
@@ -197,7 +194,7 @@ class Isolator:
 
     def release(self, place: Place) -> None:
         """An attempt's directory is about to be removed: its user id is free again."""
-        if (uid := owner_of(place)) is not None:
+        if self._given_out and (uid := owner_of(place)) is not None:
             self._given_out.discard(uid)
 
     def adopt(self, place: Place) -> None:
@@ -343,7 +340,7 @@ def _without(confinement: Confinement) -> Enclosure:
     return Enclosure(
         confinement.argv,
         {**confinement.variables, "TMPDIR": str(confinement.place.temporary)},
-        {"user": [user.uid, user.gid, list(user.groups)], "new_privileges": False},
+        {"own": {"user": user.ids(), "new_privileges": False}},
     )
 
 

@@ -5,6 +5,8 @@ What the kernel's version of Landlock lacks, and what no version has, is said by
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 
 from agent.isolation import ruleset, seccomp
@@ -57,13 +59,12 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
     place, isolation = confinement.place, confinement.isolation
     gpus = confinement.allotment.gpus
     policy = {
-        "hidden": [*reach.secret, *reach.hidden],
-        "homes": list(reach.homes),
-        "software": list(SOFTWARE),
-        "readable": [*OF_RUN, *real_paths(isolation.readable)],
+        "standing": _standing(
+            reach,
+            tuple(real_paths(isolation.readable)),
+            tuple(gpu_devices() if gpus is None or gpus else ()),
+        ),
         "writable": [*real_paths(isolation.writable), str(place.job), str(place.temporary)],
-        "shared_memory": [SHARED_MEMORY],
-        "devices": [*devices(), *(gpu_devices() if gpus is None or gpus else [])],
         "logs": [str(log) for log in place.logs],
     }
     user = confinement.user
@@ -71,12 +72,32 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
         argv=confinement.argv,
         variables={**confinement.variables, "TMPDIR": str(place.temporary)},
         preparation={
-            "user": None if user is None else [user.uid, user.gid, list(user.groups)],
-            "new_privileges": False,
-            "landlock": policy,
-            "filter": seccomp.is_supported(),
-            "network": isolation.network,
+            "lasting": {
+                "new_privileges": False,
+                "filter": seccomp.is_supported(),
+                "network": isolation.network,
+            },
+            "own": {
+                "user": None if user is None else user.ids(),
+                "landlock": policy,
+                "network": isolation.network,
+            },
         },
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _standing(reach: Reach, readable: tuple[str, ...], gpus: tuple[str, ...]) -> str:
+    """Return what all jobs of a service may reach, as :func:`ruleset.restrict` takes it."""
+    return json.dumps(
+        {
+            "hidden": [*reach.secret, *reach.hidden],
+            "homes": reach.homes,
+            "software": SOFTWARE,
+            "readable": [*OF_RUN, *readable],
+            "shared_memory": [SHARED_MEMORY],
+            "devices": [*devices(), *gpus],
+        }
     )
 
 

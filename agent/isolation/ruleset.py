@@ -12,11 +12,13 @@ Documentation/userspace-api/landlock.rst of Linux 6.18.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import select
 import stat
 import struct
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from agent.isolation.system_calls import (
     LANDLOCK_ADD_RULE,
@@ -60,21 +62,23 @@ def abi() -> int:
         return 0
 
 
-def restrict(policy: dict[str, list[str]], without_network: bool) -> None:
+def restrict(policy: dict[str, Any], without_network: bool) -> None:
     """Give up, in this thread and its children, what ``policy`` does not grant.
 
-    ``hidden``, ``homes``, ``software``: see :func:`everything_but`. ``readable`` and
-    ``writable`` are granted also inside of these, ``devices`` for reading, writing and ioctl,
-    ``logs`` are files that may be written, ``shared_memory`` directories in which files may be
-    made but not listed. Paths that are not there are ignored: there is nothing to reach.
-    Needs no_new_privs, or root. Raises :class:`OSError` if the kernel refuses.
+    ``writable`` are files and directories, ``logs`` files that may be written. ``standing`` is
+    the same for many jobs, and JSON, so that it need not be taken apart for each: ``hidden``,
+    ``homes``, ``software`` (see :func:`everything_but`), ``readable``, which is granted also
+    inside of these, ``devices`` for reading, writing and ioctl, and ``shared_memory``,
+    directories in which files may be made but not listed. Paths that are not there are ignored:
+    there is nothing to reach. Needs no_new_privs, or root. Raises :class:`OSError` if the kernel
+    refuses.
     """
     version = abi()
     handled = (1 << _FS_RIGHTS.get(version, 16)) - 1
     network = _BIND_TCP | _CONNECT_TCP if without_network and version >= NETWORK_ABI else 0
     ruleset = _new_ruleset(handled, network, version)
     try:
-        for descriptor, rights in _standing.of(policy):
+        for descriptor, rights in _standing.of(policy["standing"]):
             _allow(ruleset, descriptor, rights & handled)
         for name, rights in (("writable", _WRITING), ("logs", _LOG)):
             for descriptor, allowed in _opened(_present(policy[name]), rights):
@@ -93,20 +97,19 @@ class _Standing:
     """
 
     def __init__(self) -> None:
-        self._asked: tuple[list[str], ...] = ()
+        self._asked = ""
         self._rules: list[tuple[int, int]] = []
         self._listed: dict[str, tuple[int, int, int]] = {}
         self._mounts: int | None = None
         self._poll = select.poll()
 
-    def of(self, policy: dict[str, list[str]]) -> list[tuple[int, int]]:
+    def of(self, asked: str) -> list[tuple[int, int]]:
         """Return descriptors and the rights to what lies there."""
-        asked = tuple(policy[name] for name in _STANDING)
         if self._has_changed() or asked != self._asked:
             for descriptor, _ in self._rules:
                 os.close(descriptor)
-            self._asked, self._rules, self._listed = (), [], {}
-            self._rules = list(self._open(policy))
+            self._asked, self._rules, self._listed = "", [], {}
+            self._rules = list(self._open(json.loads(asked)))
             self._asked = asked
         return self._rules
 
@@ -128,7 +131,6 @@ class _Standing:
         )
 
 
-_STANDING = ("hidden", "homes", "software", "readable", "shared_memory", "devices")
 _standing = _Standing()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
 
@@ -42,6 +43,7 @@ _I386_SOCKETCALL = 102
 _MACHINES = {"x86_64": (_X86_64, _I386), "aarch64": (_AARCH64, _ARM)}
 
 
+@functools.cache
 def is_supported() -> bool:
     """Whether a filter for this machine is known and its kernel has filters."""
     if os.uname().machine not in _MACHINES:

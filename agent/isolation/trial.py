@@ -67,8 +67,8 @@ def problem_of(place: Place, enclosure: Enclosure, environment: Mapping[str, str
         log.touch()
 
     def run() -> subprocess.CompletedProcess[bytes]:
-        if enclosure.preparation is not None:
-            before_exec.prepare(dict(enclosure.preparation))
+        for steps in (enclosure.preparation or {}).values():
+            before_exec.prepare(steps)
         return subprocess.run(
             enclosure.argv,
             cwd=place.job,

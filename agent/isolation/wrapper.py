@@ -35,7 +35,7 @@ def enclose(confinement: Confinement) -> Enclosure:
         argv=(*argv, *confinement.argv),
         variables={**confinement.variables, "TMPDIR": str(confinement.place.temporary)},
         # a setuid program among wrappers, as some are, needs its privileges
-        preparation=None if user is None else {"user": [user.uid, user.gid, list(user.groups)]},
+        preparation=None if user is None else {"own": {"user": user.ids()}},
     )
 
 

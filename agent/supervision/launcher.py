@@ -35,10 +35,12 @@ _MAX_IDLE = 16  # about 1 MB each; more jobs at a time than that are rarely smal
 class LaunchRequest:
     """What a supervisor is told: ``variables`` are added to what all jobs inherit.
 
-    ``preparation`` is what the launcher's ``preparing`` module is called with, in a thread that
-    then starts the program; None if there is nothing to prepare. ``memory_bytes`` None means no
-    limit, no ``cores`` all of them. When a job has ended badly, ``settle_seconds`` pass for the
-    supervisor to hear that all processes were told to end.
+    ``preparation`` is what the launcher's ``preparing`` module is called with, None if there is
+    nothing to prepare: with what is ``own`` in a thread that then starts the program, and with
+    what is ``lasting``, if anything, in the supervisor itself, which is from then on for jobs with
+    the same there. ``memory_bytes`` None means no limit, no ``cores`` all of them. When a job has
+    ended badly, ``settle_seconds`` pass for the supervisor to hear that all processes were told to
+    end.
     """
 
     directory: Path
@@ -50,6 +52,11 @@ class LaunchRequest:
     memory_bytes: int | None = None
     cores: Sequence[int] = ()
     settle_seconds: float = 0.0
+
+    @property
+    def lasting(self) -> object:
+        """Return what of the preparation stays with the supervisor."""
+        return None if self.preparation is None else self.preparation.get("lasting")
 
     def encode(self) -> bytes:
         """Return the packet that a supervisor understands."""
@@ -111,15 +118,18 @@ class _Supervisor:
 
     def __init__(self, connection: socket.socket, idle: list[_Supervisor]) -> None:
         """It joins the ``idle`` ones whenever its job has ended, and leaves them if it dies."""
+        self.cores: Sequence[int] | None = None
+        self.lasting: object = None
         self._connection = connection
         self._idle = idle
         self._life_line: LifeLine | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection, self._on_readable)
 
-    def start(self, packet: bytes) -> LifeLine:
+    def start(self, packet: bytes, request: LaunchRequest) -> LifeLine:
         """Ask for a job, the one before having ended. Raises :class:`OSError` if it is gone."""
         self._connection.send(packet)
+        self.cores, self.lasting = request.cores, request.lasting or self.lasting
         self._life_line = LifeLine(self.close)
         return self._life_line
 
@@ -187,10 +197,19 @@ class Launcher:
         """Have a job run. Raises :class:`OSError` if that can't even be asked for."""
         packet = request.encode()
         while True:
-            # the last one to rest: its memory is the warmest
-            supervisor = self._idle.pop() if self._idle else await self._new_supervisor()
+            supervisor = self._take_idle(request) or await self._new_supervisor()
             with suppress(ConnectionError):  # it has died a moment ago
-                return supervisor.start(packet)
+                return supervisor.start(packet, request)
+
+    def _take_idle(self, request: LaunchRequest) -> _Supervisor | None:
+        """Return an idle supervisor for a job, one that is on its cores already if there is any."""
+        # the last one to rest first: its memory is the warmest
+        fitting = [idle for idle in reversed(self._idle) if idle.lasting in (None, request.lasting)]
+        if not fitting:
+            return None
+        taken = next((idle for idle in fitting if idle.cores == request.cores), fitting[0])
+        self._idle.remove(taken)
+        return taken
 
     def close(self) -> None:
         """End the fork server and the supervisors that have no job; the others go on."""

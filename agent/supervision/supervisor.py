@@ -19,7 +19,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from agent.supervision import processes
@@ -51,7 +51,9 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     the ``variables`` that are added to its environment, its time limit (``timeout``) and
     ``grace`` period in seconds, how many bytes of ``memory`` it may use and on which ``cores``
     it runs (null: no limit). If its ``preparation`` is not null, ``prepare`` is called with
-    it in the thread that starts the program (see :class:`_Starter`).
+    what is ``own`` there in the thread that starts the program (see :class:`_Starter`), and before
+    with what is ``lasting``, if anything, in this process: once and for good, as it costs more
+    than what it takes away from a supervisor. All later jobs must have the same there.
 
     One byte in return tells that the job runs, another that it has ended and left no process.
     The end of the file tells that this process is gone, however it went.
@@ -63,6 +65,7 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     identity = f"{os.getpid()} {processes.start_time('self')}"
+    lasting: Any = None
     while request := _next_request(agent):
         order = json.loads(request)
         try:
@@ -73,12 +76,24 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
                 # asked for before the claim, by an agent that did not yet see this process
                 _write_atomically("exit", {"kind": "killed"})
                 return
+            lasting = _made_lasting(lasting, order["preparation"], prepare)
             _supervise(order, prepare, agent)
         except BaseException:
             _log_failure(order["directory"])  # where the agent looks for it
             raise
         os.chdir("/")
         _tell(agent, _NOTHING_LEFT)
+
+
+def _made_lasting(before: Any, preparation: Any, prepare: Callable[[Any], None]) -> Any:
+    """Take the steps that are for good, if they were not taken before; returns them."""
+    wanted = None if preparation is None else preparation.get("lasting")
+    if wanted == before:
+        return before
+    if before is not None:
+        raise NotPrepared("an earlier job had other steps that are for good")
+    prepare(wanted)
+    return wanted
 
 
 def _next_request(agent: int) -> bytes:
@@ -102,8 +117,10 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     deadline = None if timeout is None else time.monotonic() + timeout
     starter = _Starter(order["argv"], {**_inherited, **order["variables"]})
     usage = Usage(order["memory"])
-    with _bound_to(order["cores"]):
-        job = starter.start(prepare, order["preparation"])
+    _cores.keep_to(order["cores"])
+    job = starter.start(prepare, order["preparation"])
+    if order["memory"] is not None:
+        _cores.spread()  # who looks at the job must not have to wait for it
     _tell(agent, _JOB_RUNS)
     record = _wait(job, deadline, usage) if job else {"kind": "exited", "code": _CANNOT_START}
     if record.get("code") and _is_told_to_end(order["settle"]):
@@ -148,17 +165,31 @@ def _claim(identity: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _bound_to(cores: list[int] | None) -> Iterator[None]:
-    """Have what is started meanwhile run on these cores only, as far as they are there."""
-    before = os.sched_getaffinity(0)
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, cores or before)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, before)
+class _Cores:
+    """The cores on which this process runs, and what it starts.
+
+    It stays on those of its last job: the next one often has the same, and to be moved from one
+    core to another takes longer than all else of a start.
+    """
+
+    def __init__(self) -> None:
+        self._all = os.sched_getaffinity(0)
+        self._kept_to: set[int] = self._all
+
+    def keep_to(self, cores: list[int] | None) -> None:
+        """Run on these cores only, as far as they are there; on all of them if none are named."""
+        wanted = self._all.intersection(cores or ()) or self._all
+        if wanted != self._kept_to:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, wanted)
+                self._kept_to = wanted
+
+    def spread(self) -> None:
+        """Run on all cores; what was started before stays where it is."""
+        self.keep_to(None)
+
+
+_cores = _Cores()
 
 
 class _Starter:
@@ -195,7 +226,7 @@ class _Starter:
             if preparation is None:
                 self._spawn()
             else:
-                self._spawn_prepared(prepare, preparation)
+                self._spawn_prepared(prepare, preparation["own"])
         except OSError as error:
             os.write(self._streams[2], f"cannot start {self._argv[0]}: {error}\n".encode())
         finally:
@@ -313,6 +344,8 @@ def _end_tree(grace: float, usage: Usage) -> None:
     """Leave no descendant alive: SIGTERM, the grace period, then SIGKILL until none is left."""
     deadline = time.monotonic() + grace
     terminated: set[int] = set()
+    if _has_children():
+        _cores.spread()  # they may be many, and busy
     while descendants := _descendants(usage):
         new = descendants - terminated
         _signal_all(new, signal.SIGTERM)

@@ -173,7 +173,7 @@ async def test_what_a_job_gives_up_before_it_runs_its_supervisor_keeps(tmp_path:
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "run.sh").write_text("grep NoNewPrivs /proc/self/status /proc/$PPID/status")
     request = LaunchRequest(
-        tmp_path, {}, None, 1.0, ("bash", "run.sh"), preparation={"new_privileges": False}
+        tmp_path, {}, None, 1.0, ("bash", "run.sh"), preparation={"own": {"new_privileges": False}}
     )
     life_line = await launcher.launch(request)
     assert await life_line.wait_for_end()
@@ -187,7 +187,7 @@ async def test_a_job_whose_preparation_fails_is_not_started(tmp_path: Path) -> N
     launcher = Launcher(tmp_path, {"PATH": os.environ["PATH"]}, "agent.isolation.before_exec")
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "run.sh").write_text("touch witness")
-    steps = {"landlock": {"no": "such policy"}, "network": True}
+    steps = {"own": {"landlock": {"no": "such policy"}, "network": True}}
     request = LaunchRequest(tmp_path, {}, None, 1.0, ("bash", "run.sh"), preparation=steps)
     life_line = await launcher.launch(request)
     assert not await life_line.wait_for_start()
@@ -198,7 +198,7 @@ async def test_a_job_whose_preparation_fails_is_not_started(tmp_path: Path) -> N
 
 async def test_a_program_that_is_not_there_is_an_exit_code(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path, {"PATH": os.environ["PATH"]}, "agent.isolation.before_exec")
-    for number, preparation in enumerate((None, {"new_privileges": False})):
+    for number, preparation in enumerate((None, {"own": {"new_privileges": False}})):
         directory = tmp_path / str(number)
         (directory / "job").mkdir(parents=True)
         request = LaunchRequest(directory, {}, None, 1.0, ("no-such-program",), preparation)
