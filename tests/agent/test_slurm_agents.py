@@ -226,8 +226,14 @@ async def test_an_agent_ends_when_it_is_idle_and_before_its_end_time(
     assert code == 0, output
     assert (await server.result(job)).read("stdout.log") == b"done\n"
     # it drains so long before its end that what it has can end
-    job = await server.upload("sleep 2; echo done")
-    code, output = await agent("--end-time", str(time.time() + 15), "--drain-timeout", "13")
+    go = tmp_path / "go"
+    job = await server.upload(f"until [ -e {go} ]; do sleep 0.05; done; echo done")
+    ending = asyncio.create_task(
+        agent("--end-time", str(time.time() + 20), "--drain-timeout", "15")
+    )
+    await eventually(lambda: "event=agent_drains" in server.log(), "it drains")
+    go.touch()
+    code, output = await ending
     assert code == 0, output
     assert (await server.result(job)).read("stdout.log") == b"done\n"
     assert os.path.exists(tmp_path / "work")

@@ -250,7 +250,11 @@ async def test_of_two_batch_jobs_of_an_attempt_one_runs_it(
         f'"$REAL/sbatch" "$@" < {tmp_path}/script',
     )
     await _start(agent, stand_in)
-    job = await slurm_server.upload(f"echo run >> {tmp_path}/runs; sleep 2; echo done")
+    job = await slurm_server.upload(
+        f"echo run >> {tmp_path}/runs; until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo done"
+    )
+    await eventually(lambda: "FAILED" in slurm.job_states(), "one finds it taken, and ends")
+    (tmp_path / "go").touch()
     assert (await slurm_server.result(job)).read("stdout.log") == b"done\n"
     assert lines(tmp_path / "runs") == ["run"]
     assert len(slurm.job_states()) == 2

@@ -119,8 +119,8 @@ async def test_a_disk_that_refuses_to_be_written_is_said_and_overcome_without_a_
     server: Server, tmp_path: Path
 ) -> None:
     """The limit on file sizes makes writes fail as a file system does that went read-only."""
-    process = psutil.Process(server.pid)
-    running = await server.upload("sleep 1; echo done")
+    process, go = psutil.Process(server.pid), tmp_path / "go"
+    running = await server.upload(f"until [ -e {go} ]; do sleep 0.05; done; echo done")
     await server.wait(running, "Running")
     _, most = process.rlimit(psutil.RLIMIT_FSIZE)
     process.rlimit(psutil.RLIMIT_FSIZE, (0, most))
@@ -128,6 +128,8 @@ async def test_a_disk_that_refuses_to_be_written_is_said_and_overcome_without_a_
     assert (health.status, health.json()["status"]) == (500, "unhealthy")
     assert await upload(server, tmp_path) == 500
     assert (await server.status(running))["status"] == "Running"
+    # its end is told of until it could be written
+    go.touch()
     process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, most))
     assert (await curl(f"{server.url}/health")).status == 200
     assert (await server.result(running)).read("stdout.log") == b"done\n"

@@ -33,14 +33,17 @@ async def start_behind(proxy: FaultyProxy, agent: AgentProcess) -> None:
 async def test_a_cut_shorter_than_the_lease_restarts_nothing(
     bare_server: Server, new_agent: NewAgent, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    witness = tmp_path / "witness"
+    witness, go = tmp_path / "witness", tmp_path / "go"
     await start_behind(proxy, new_agent("cut"))
-    job_id = await bare_server.upload(f"echo x >> {witness}; sleep 2; echo done > out")
+    job_id = await bare_server.upload(
+        f"echo x >> {witness}; until [ -e {go} ]; do sleep 0.05; done; echo done > out"
+    )
     await eventually(lambda: lines(witness) == ["x"], "it runs")
     for _ in range(5):
         connections = proxy.connections
         proxy.cut()
         await eventually(lambda seen=connections: proxy.connections > seen, "it comes back")  # type: ignore[misc]
+    go.touch()
     assert (await bare_server.result(job_id)).read("out") == b"done\n"
     assert lines(witness) == ["x"]
     assert bare_server.transitions(job_id).count("Processing") == 1

@@ -48,13 +48,15 @@ async def test_every_job_completes_after_the_server_was_killed(
 
 
 async def test_a_job_survives_its_agent_and_is_adopted(server: Server, tmp_path: Path) -> None:
-    witness, go = tmp_path / "witness", tmp_path / "go"
+    witness, go, end = tmp_path / "witness", tmp_path / "go", tmp_path / "end"
     os.mkfifo(go)
+    os.mkfifo(end)
     waiting = await server.upload(f"echo a >> {witness}; read line < {go}; echo $line > out")
-    ending = await server.upload(f"echo b >> {witness}; sleep 0.5; echo over > out; exit 5")
+    ending = await server.upload(f"echo b >> {witness}; read line < {end}; exit 5")
     await eventually(lambda: len(lines(witness)) == 2, "both run")
     agent = psutil.Process(await server.agent_pid())
     agent.suspend()
+    await asyncio.to_thread(end.write_text, "unseen\n")
     agent.kill()
     status = await server.wait(ending)
     assert (status["status"], status["message"]) == ("Failed", "run.sh ended with exit code 5")
@@ -109,13 +111,16 @@ async def test_a_time_limit_holds_while_no_agent_is_there(
 async def test_an_agent_that_comes_back_within_its_lease_loses_nothing(
     bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:
-    witness = tmp_path / "witness"
+    witness, go = tmp_path / "witness", tmp_path / "go"
     agent = new_agent("short")
     await agent.start()
-    job_id = await bare_server.upload(f"echo x >> {witness}; sleep 1; echo done > out")
+    job_id = await bare_server.upload(
+        f"echo x >> {witness}; until [ -e {go} ]; do sleep 0.05; done; echo done > out"
+    )
     await eventually(lambda: len(lines(witness)) == 1, "it runs")
     await agent.kill()
     await agent.start()
+    go.touch()
     assert (await bare_server.result(job_id)).read("out") == b"done\n"
     assert lines(witness) == ["x"]
 
