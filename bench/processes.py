@@ -31,6 +31,9 @@ _LOG_POLL_SECONDS = 0.01
 _LEFTOVER_ROUNDS = 50
 _LEFTOVER_PAUSE_SECONDS = 0.02
 AGENT_TOKEN = "token-of-the-benchmarks"
+IMAGE = "localhost/orchestrator-bench"
+"""Of the jobs that run in containers; see container_image.py."""
+
 _SERVICE_SETTINGS = {
     # quotas must not be what limits
     "SERVICE_EXAMPLE_RUNS_PER_USER": "100000",
@@ -42,7 +45,7 @@ _SERVICE_SETTINGS = {
     "SERVICE_BUBBLEWRAP_ISOLATION": "bubblewrap",
     "SERVICE_PODMAN_ISOLATION": "podman",
     "SERVICE_PODMAN_NETWORK": "false",
-    "SERVICE_PODMAN_IMAGE": "localhost/orchestrator-bench",
+    "SERVICE_PODMAN_IMAGE": IMAGE,
 }
 
 
