@@ -199,7 +199,10 @@ def _outcome(ended: Exit, assign: Assign) -> tuple[JobState, str]:
         case ExitKind.KILLED:
             return JobState.KILLED, "Job terminated"
         case ExitKind.MEMORY:
-            used, limit = readable_size(ended.memory_used), readable_size(assign.resources.memory)
+            limit = readable_size(assign.resources.memory)
+            if not ended.memory_used:  # the kernel did not let it
+                return JobState.FAILED, f"needed more memory than its {limit}"
+            used = readable_size(ended.memory_used)
             return JobState.FAILED, f"used {used} of memory, more than its {limit}"
         case ExitKind.ENDED_OUTSIDE:
             return JobState.FAILED, ended.message

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from agent import plain_files
 from agent.attempt_directory import AttemptDirectory
+from agent.control_groups import Delegated, delegated
 from agent.executors.base import Command, Execution, Executor
 from agent.executors.process_tree import ProcessTree
 from agent.executors.records import (
@@ -62,6 +63,7 @@ class LocalExecutor(Executor):
         self._isolator = isolator
         self._machine = machine
         self._allotments = Allotments(machine)
+        self._delegated = delegated(Path("/proc/self/mountinfo"), Path("/proc/self/cgroup"))
 
     async def make_ready(self) -> None:
         """Start the fork server, and try out how jobs can be isolated."""
@@ -88,7 +90,9 @@ class LocalExecutor(Executor):
         return self._machine.total
 
     async def run(self) -> None:
-        """Remove what containers of earlier processes left behind."""
+        """Remove what jobs of earlier processes left behind, outside of their directories."""
+        if self._delegated is not None:
+            self._delegated.remove_unused()
         await asyncio.to_thread(self._isolator.sweep)
 
     def execution(self, directory: AttemptDirectory) -> Execution:
@@ -96,7 +100,9 @@ class LocalExecutor(Executor):
         self._isolator.adopt(Place(directory.path))
         if not directory.has_result():
             self._allotments.adopt(directory.path)
-        return LocalExecution(directory, self._launcher, self._isolator, self._allotments)
+        return LocalExecution(
+            directory, self._launcher, self._isolator, self._allotments, self._delegated
+        )
 
     async def end_abandoned(self, attempt: Path) -> None:
         """End what runs in the directory of an attempt of which nothing else is known."""
@@ -121,11 +127,13 @@ class LocalExecution(Execution):
         launcher: Launcher,
         isolator: Isolator,
         allotments: Allotments,
+        delegated: Delegated | None,
     ) -> None:
         self._directory = directory
         self._launcher = launcher
         self._isolator = isolator
         self._allotments = allotments
+        self._delegated = delegated
         self._place = Place(directory.path)
         self._tree = ProcessTree(directory.path)
         self._life_line: LifeLine | None = None
@@ -158,6 +166,7 @@ class LocalExecution(Execution):
             enclosure.preparation,
             command.resources.memory or None,
             allotted.cores,
+            self._control_group(command.resources),
         )
         for _ in range(_START_TRIES):
             if self.is_started():
@@ -184,6 +193,13 @@ class LocalExecution(Execution):
             if self._life_line is not life_line:
                 life_line.close()
         return self._life_line is not None
+
+    def _control_group(self, needs: Resources) -> tuple[str, str] | None:
+        """Make the job's control group, if there is a limit that the kernel can keep by it."""
+        is_container = self._directory.assign.isolation.image is not None  # which has its own
+        if self._delegated is None or not needs.memory or is_container:
+            return None
+        return self._delegated.make(self._directory.path.name, needs.memory)
 
     def _enclosure(self, command: Command, allotted: Allotted) -> Enclosure:
         """Make the directory ready for the job, and say how it is started there."""
@@ -287,6 +303,8 @@ class LocalExecution(Execution):
         """Let another job have its user id, and what it had of the machine."""
         self._allotments.give_back(self._directory.path)
         self._isolator.release(self._place)
+        if self._delegated is not None and self._directory.assign.resources.memory:
+            self._delegated.remove(self._directory.path.name)
 
     def _has_ended(self) -> bool:
         """Whether the supervisor said so; it may have another job by now."""

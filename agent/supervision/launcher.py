@@ -38,7 +38,8 @@ class LaunchRequest:
     ``preparation`` is what the launcher's ``preparing`` module is called with, None if there is
     nothing to prepare: with what is ``own`` in a thread that then starts the program, and with
     what is ``lasting``, if anything, in the supervisor itself, which is from then on for jobs with
-    the same there. ``memory_bytes`` None means no limit, no ``cores`` all of them. When a job has
+    the same there. ``memory_bytes`` None means no limit, no ``cores`` all of them.
+    ``control_group`` are the paths of the job's group and of the supervisor's own. When a job has
     ended badly, ``settle_seconds`` pass for the supervisor to hear that all processes were told to
     end.
     """
@@ -51,6 +52,7 @@ class LaunchRequest:
     preparation: Mapping[str, object] | None = None
     memory_bytes: int | None = None
     cores: Sequence[int] = ()
+    control_group: tuple[str, str] | None = None
     settle_seconds: float = 0.0
 
     @property
@@ -69,6 +71,7 @@ class LaunchRequest:
             "preparation": self.preparation,
             "memory": self.memory_bytes,
             "cores": list(self.cores) or None,
+            "control_group": self.control_group,
             "settle": self.settle_seconds,
         }
         return json.dumps(order).encode()

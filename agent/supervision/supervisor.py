@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent.supervision import processes
+from agent.supervision.control_group import ControlGroup
 from agent.supervision.usage import Usage
 
 WATCHED = {signal.SIGCHLD, signal.SIGTERM}
@@ -50,10 +51,11 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     A request is one packet, a JSON object: the job's ``directory``, the ``argv`` to run in it,
     the ``variables`` that are added to its environment, its time limit (``timeout``) and
     ``grace`` period in seconds, how many bytes of ``memory`` it may use and on which ``cores``
-    it runs (null: no limit). If its ``preparation`` is not null, ``prepare`` is called with
-    what is ``own`` there in the thread that starts the program (see :class:`_Starter`), and before
-    with what is ``lasting``, if anything, in this process: once and for good, as it costs more
-    than what it takes away from a supervisor. All later jobs must have the same there.
+    it runs (null: no limit), and its ``control_group`` (see :class:`ControlGroup`). If its
+    ``preparation`` is not null, ``prepare`` is called with what is ``own`` there in the thread
+    that starts the program (see :class:`_Starter`), and before with what is ``lasting``, if
+    anything, in this process: once and for good, as it costs more than what it takes away from a
+    supervisor. All later jobs must have the same there.
 
     One byte in return tells that the job runs, another that it has ended and left no process.
     The end of the file tells that this process is gone, however it went.
@@ -117,14 +119,18 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     deadline = None if timeout is None else time.monotonic() + timeout
     starter = _Starter(order["argv"], {**_inherited, **order["variables"]})
     usage = Usage(order["memory"])
+    group = ControlGroup(order["control_group"])
     _cores.keep_to(order["cores"])
-    job = starter.start(prepare, order["preparation"])
+    with group.entered():
+        job = starter.start(prepare, order["preparation"])
     if order["memory"] is not None:
         _cores.spread()  # who looks at the job must not have to wait for it
     _tell(agent, _JOB_RUNS)
     record = _wait(job, deadline, usage) if job else {"kind": "exited", "code": _CANNOT_START}
     if record.get("code") and _is_told_to_end(order["settle"]):
         record = {"kind": _kind_when_told()}
+    if record.get("code") and group.was_out_of_memory():
+        record = {"kind": "memory"}
     if record["kind"] in ("exited", "signalled"):
         if not _has_children():
             record["usage"] = usage.record()  # nothing more will come to it: one file will do
@@ -132,6 +138,7 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
         _write_atomically("exit", record)
     _end_tree(order["grace"], usage)
     starter.close()
+    group.remove()
     if "usage" not in record:
         with contextlib.suppress(OSError):  # a full disk must not cost the end record
             _write_atomically("usage", usage.record())
