@@ -15,11 +15,12 @@ from contextlib import asynccontextmanager
 import jobs
 from config import ServiceLimits, Settings, SettingsInForce
 from events import Event, Transition
+from fleet.agent import Agent, AgentStatus
 from fleet.attempt import Attempt
 from fleet.connection import AgentSocket, Connection
 from fleet.leases import Leases
 from fleet.placement import Placement
-from fleet.roster import Agent, AgentStatus, Roster
+from fleet.roster import Roster
 from fleet.session import Session
 from fleet.snapshot_relay import SnapshotRelay, SnapshotUnavailable
 from fleet.storing import STORE_RETRY_SECONDS
@@ -240,14 +241,14 @@ class Dispatcher:
             reserved[agent_id] = before.at_least(demand.resources)
         agents = {self._roster[agent_id]: needed for agent_id, needed in reserved.items()}
         for agent, needed in agents.items():
-            agent.reserve(needed)
+            agent.reserve(decision.queue.service, needed)
             self._roster.changed(agent)
         self._tasks.create_task(self._assign(decision, agents), name=f"assign {decision.queue}")
 
     async def _assign(self, decision: Decision, agents: Mapping[Agent, Resources]) -> None:
         assignment = await self._begin_next(decision, agents)
         for agent, needed in agents.items():
-            agent.release(needed)
+            agent.release(decision.queue.service, needed)
         if assignment is None:
             self._queue.take_back(decision)
         else:

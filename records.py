@@ -157,6 +157,7 @@ class Loss(enum.Enum):
 
     AGENT_AWAY = "the agent is gone; a job that it had whole may have started"
     REPORTED = "the agent tried and could not go on"
+    BY_SERVICE = "the agent tried and could not, for what the service's settings ask for"
 
     @property
     def early_states(self) -> frozenset[JobState]:

@@ -17,7 +17,7 @@ from agent.connection import Channel
 from agent.executors.base import Command, Execution
 from agent.inotify import WriteWatch
 from agent.job_environment import variables_of
-from agent.outcomes import Exit, JobInvalid, JobLost
+from agent.outcomes import Exit, JobInvalid, JobLost, LostByService
 from agent.output_follower import Follower
 from agent.results import Result
 from jobs import RUN_SCRIPT
@@ -147,7 +147,8 @@ class Attempt:
         except JobInvalid as error:
             self._failure = messages.Rejected(self.id, str(error))
         except JobLost as error:
-            self._failure = messages.Lost(self.id, str(error))
+            by_service = isinstance(error, LostByService)
+            self._failure = messages.Lost(self.id, str(error), by_service)
         except OSError as error:
             self._log_failure("attempt_failed", error)
             self._failure = messages.Lost(self.id, _reason(error))

@@ -12,6 +12,10 @@ class JobLost(Exception):
     """The attempt can't go on here; the message says why. Another attempt may succeed."""
 
 
+class LostByService(JobLost):
+    """It can't go on for what its service's settings ask for; jobs of other services may."""
+
+
 class JobInvalid(Exception):
     """The job can't run anywhere; the message says why."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -15,7 +15,7 @@ from api.callers import may_administrate, user_restriction
 from api.errors import NotFound
 from config import VERSION, ServiceLimits, SettingsInForce
 from dispatch import Dispatcher
-from fleet.roster import AgentStatus
+from fleet.agent import AgentStatus
 from jobs import JobState
 from records import StoreError
 from store import SQLITE_VERSION, Store
@@ -218,17 +218,20 @@ def _agent_body(agent: AgentStatus, request: web.Request) -> dict[str, Any]:
         "address": agent.address,
         "lease_left": _rounded(agent.lease_left),
         "set_aside": agent.set_aside,
+        "services_set_aside": _reasons(agent.services_set_aside),
         "isolation": {
             "default": agent.default_isolation,
             "kinds": [
                 {"kind": offer.kind, "is_given": offer.is_given, "notes": list(offer.notes)}
                 for offer in agent.isolation
             ],
-            "not_offered": [
-                {"service": service, "reason": problem} for service, problem in agent.problems
-            ],
+            "not_offered": _reasons(agent.problems),
         },
     }
+
+
+def _reasons(services: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"service": service, "reason": reason} for service, reason in services]
 
 
 def _whole(amount: float | None) -> int | None:

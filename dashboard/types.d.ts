@@ -58,6 +58,7 @@ export interface Agent {
   address: string | null; lease_left: number | null;
   resources?: { total: Resources; free: Resources }; isolation?: Isolation;
   problem?: string | null; set_aside?: string | null;
+  services_set_aside?: { service: string; reason: string }[];
 }
 
 export interface Service {

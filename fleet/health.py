@@ -1,8 +1,13 @@
-"""Whether an agent can be trusted with jobs: judged by those that it lost. Pure."""
+"""Whether an agent can be trusted with jobs: judged by those that it lost. Pure.
+
+Most losses count against the agent as a whole. One that is for what a service's settings ask for
+counts against that service there, and the agent goes on with the others.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 MAX_LOSSES = 3
 """How many attempts an agent may lose in a row before it is set aside."""
@@ -13,7 +18,7 @@ _LONGEST_PAUSE_SECONDS = 300.0
 
 @dataclass(slots=True)
 class Health:
-    """What an agent lost since it last showed that it is well.
+    """What an agent lost, of all or of one service, since it last showed that it is well.
 
     After a loss it gets nothing for a while, twice as long each time; what it loses meanwhile
     counts with it. With :data:`MAX_LOSSES` in a row it is set aside: it gets one job on trial
@@ -52,6 +57,46 @@ class Health:
             return 0
         return (slots if self.losses < MAX_LOSSES else min(slots, 1)) - busy
 
+    def allows_another(self, busy: int, now: float) -> bool:
+        """Say whether it may get one more job than those that it has."""
+        return self.allowed(busy + 1, busy, now) > 0
+
     def set_aside(self) -> str | None:
         """Say why it gets no more than a job on trial now and then; None if it is not so."""
         return self.reason if self.losses >= MAX_LOSSES else None
+
+
+@dataclass(slots=True)
+class Trust:
+    """What is to be made of an agent: ``own`` as a whole, and of ``services`` in doubt there."""
+
+    own: Health = field(default_factory=Health)
+    services: dict[str, Health] = field(default_factory=dict)
+
+    def doubt(self, service: str) -> Health:
+        """Return the health of a service there, which is about to get worse."""
+        return self.services.setdefault(service, Health())
+
+    def start(self, service: str) -> bool:
+        """It started a job's process; returns whether that makes anything well again."""
+        return self._judge(service, Health.start)
+
+    def recover(self, service: str) -> bool:
+        """It delivered a result; returns whether that makes anything well again."""
+        return self._judge(service, Health.recover)
+
+    def begin_anew(self) -> None:
+        """It may be another agent by now: forget all."""
+        self.own.recover()
+        self.services.clear()
+
+    def is_in_doubt(self) -> bool:
+        """Say whether anything was lost that is not made good yet."""
+        return self.own.losses > 0 or bool(self.services)
+
+    def _judge(self, service: str, judge: Callable[[Health], bool]) -> bool:
+        is_well_again = judge(self.own)
+        if (of_service := self.services.get(service)) is not None and judge(of_service):
+            del self.services[service]
+            return True
+        return is_well_again

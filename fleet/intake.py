@@ -13,8 +13,9 @@ from typing import Any
 
 import jobs
 from config import MAX_UPLOAD_BYTES
+from fleet.agent import Agent
 from fleet.attempt import Attempt
-from fleet.roster import Agent, Roster
+from fleet.roster import Roster
 from fleet.storing import until_stored
 from records import Loss, NewOutput, OutputPiece, ResultMismatch, Superseded
 from telemetry.logs import event
@@ -115,7 +116,7 @@ class Intake:
                 await self._advance(jobs.JobState.SUBMITTED, "input received")
             case messages.Started():
                 await self._advance(jobs.JobState.RUNNING, "process started")
-                self._roster.started(self._agent)
+                self._roster.started(self._agent, self._attempt)
             case messages.Finished():
                 report = replace(item, message=item.message[:_MAX_MESSAGE_LENGTH])
                 self._result = result = await self._begin_result(report)
@@ -127,15 +128,16 @@ class Intake:
                 return not await self._take_result(item)
             case messages.Lost():
                 reason = f"agent {self._agent.name} lost it: {item.reason[:_MAX_MESSAGE_LENGTH]}"
-                await self._give_back(reason, "lost")
+                loss = Loss.BY_SERVICE if item.by_service else Loss.REPORTED
+                await self._give_back(loss, reason, "lost")
                 return False
             case messages.Rejected():
                 await self._reject(item.reason[:_MAX_MESSAGE_LENGTH])
                 return False
         return True
 
-    async def _give_back(self, reason: str, answer: str) -> None:
-        await self._roster.give_back(self._agent, self._attempt, Loss.REPORTED, reason)
+    async def _give_back(self, loss: Loss, reason: str, answer: str) -> None:
+        await self._roster.give_back(self._agent, self._attempt, loss, reason)
         self._drop(answer)
 
     async def _reject(self, reason: str) -> None:
@@ -265,7 +267,7 @@ class Intake:
         if result.digest.hexdigest() != report.result_sha256:
             # the agent would send the same again for ever
             reason = f"agent {self._agent.name} sent a result with another SHA-256 than it said"
-            await self._give_back(reason, "damaged")
+            await self._give_back(Loss.REPORTED, reason, "damaged")
             return
         new = self._new_output()
         finish, agent_id = self._store.attempts.finish, self._agent.id
@@ -273,10 +275,11 @@ class Intake:
             await until_stored(lambda: finish(agent_id, report, start, tail, new))
         except ResultMismatch:
             # as above: the next attempt may have a better one
-            await self._give_back(f"agent {self._agent.name} sent no whole archive", "damaged")
+            reason = f"agent {self._agent.name} sent no whole archive"
+            await self._give_back(Loss.REPORTED, reason, "damaged")
             return
         self._outbox.put(messages.Stored(self._attempt.id))
-        self._roster.delivered(self._agent)
+        self._roster.delivered(self._agent, self._attempt)
         self._end(report.state)
 
 

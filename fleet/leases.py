@@ -7,7 +7,8 @@ import logging
 from collections.abc import Iterable
 
 from events import AgentChangeKind
-from fleet.roster import Agent, Roster
+from fleet.agent import Agent
+from fleet.roster import Roster
 from records import Loss, StoreFull, StoreUnavailable
 from telemetry.logs import event
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import config
+from fleet.agent import Agent
 from fleet.attempt import Attempt
 from fleet.connection import Connection
-from fleet.roster import Agent, Roster
+from fleet.roster import Roster
 from fleet.storing import until_stored
 from jobs import ACTIVE_STATES
 from records import Loss

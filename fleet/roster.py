@@ -6,182 +6,21 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from config import Settings, SettingsInForce
 from events import AgentChangeKind
+from fleet.agent import Agent, AgentStatus
 from fleet.attempt import Attempt
 from fleet.connection import Connection
 from fleet.greeting import hello_problem
-from fleet.health import Health
-from fleet.placement import Capacity
 from fleet.storing import until_stored
-from jobs import NO_RESOURCES, Isolation, IsolationKind, IsolationOffer, JobState, Resources
-from records import JobIdentity, KnownAgent, Loss, Superseded
+from jobs import JobState
+from records import KnownAgent, Loss, Superseded
 from store import Store
 from telemetry.logs import event
 from wire import messages
 
 log = logging.getLogger("orchestrator.fleet")
-
-
-@dataclass(frozen=True, slots=True)
-class AgentStatus:
-    """An agent as an operator sees it.
-
-    ``services`` is None for all; ``busy`` is the number of slots in use, of ``slots``, which
-    are 0 while it stops by itself. ``resources`` is all it has, ``used`` what its jobs have of
-    it. ``heartbeat_age``: seconds since it was heard, None if not since the server started.
-    ``load``: the load average of its machine. ``problem``: what keeps it from starting any job
-    at all. ``lease_left``: seconds
-    until the jobs of an agent that is away go to others. ``set_aside``: why it gets no jobs but
-    one on trial now and then, since it lost the last ones; None if it is trusted.
-    """
-
-    id: str
-    name: str
-    version: str | None
-    services: tuple[str, ...] | None
-    slots: int
-    busy: int
-    resources: Resources
-    used: Resources
-    jobs: tuple[JobIdentity, ...]
-    is_connected: bool
-    is_drained: bool
-    heartbeat_age: float | None
-    load: float | None
-    problem: str | None
-    connected_since: float | None
-    address: str | None
-    lease_left: float | None
-    set_aside: str | None
-    default_isolation: IsolationKind
-    isolation: tuple[IsolationOffer, ...]
-    problems: tuple[tuple[str, str], ...]
-
-
-@dataclass(eq=False, slots=True)
-class Agent:
-    """An agent, connected or away. Away, it keeps its attempts until the lease runs out."""
-
-    id: str
-    name: str
-    slots: int = 0
-    resources: Resources | None = None  # None: it did not say; a core for each slot
-    services: frozenset[str] | None = None
-    connection: Connection | None = None
-    reserved: int = 0  # slots for jobs that are on their way
-    in_use: Resources = NO_RESOURCES  # by jobs that it holds, or that are on their way
-    attempts: dict[int, Attempt] = field(default_factory=dict)
-    version: str | None = None
-    is_drained: bool = False
-    heard_at: float | None = None
-    default_isolation: IsolationKind = IsolationKind.NONE
-    isolation: tuple[IsolationOffer, ...] = ()
-    answers: dict[str, tuple[Isolation, str | None]] = field(default_factory=dict)
-    unable: dict[str, str] = field(default_factory=dict)  # why, by service
-    offered: frozenset[str] | None = None
-    health: Health = field(default_factory=Health)
-    away_seconds: float = 0.0  # of its lease, how much has run
-    lease_left: float | None = None  # None: it does not run
-
-    def free_slots(self) -> int:
-        """Return how many more jobs it could run now."""
-        if self.is_drained or self.connection is None or not self.connection.is_welcomed:
-            return 0
-        now = asyncio.get_running_loop().time()
-        return self.health.allowed(self.slots, self.busy(), now)
-
-    def busy(self) -> int:
-        """Return how many slots are in use."""
-        return self.reserved + len(self.attempts)
-
-    def total(self) -> Resources:
-        """Return what it has for jobs."""
-        return self.resources or Resources(self.slots)
-
-    def reserve(self, needed: Resources) -> None:
-        """Keep a slot and some of what it has for a job that is on its way."""
-        self.reserved += 1
-        self.in_use += needed
-
-    def release(self, needed: Resources) -> None:
-        """The job came, as an attempt, or will not come."""
-        self.reserved -= 1
-        self.in_use -= needed
-
-    def capacity(self) -> Capacity:
-        """Return what it has for jobs, and has free."""
-        total, used = self.total(), self.in_use
-        load = max(self.busy() / self.slots, used.cpus / max(total.cpus, 1))
-        return Capacity(self.offered, total, total - used, self.free_slots(), load)
-
-    def names(self, service: str) -> bool:
-        """Say whether it was told to run jobs of the service."""
-        return self.services is None or service in self.services
-
-    def offers(self, service: str) -> bool:
-        """Say whether jobs of the service may run there."""
-        return self.names(service) and service not in self.unable
-
-    def judge(self, settings: Settings) -> None:
-        """See which services it can offer, by what they ask for and what it said of that."""
-        self.unable = {}
-        for service, isolation in settings.isolations().items():
-            asked, problem = self.answers.get(service, (None, None))
-            if asked != isolation:
-                self.unable[service] = "it has not yet said whether it can isolate jobs so"
-            elif problem is not None:
-                self.unable[service] = problem
-        self.offered = self.services
-        if self.unable:
-            named = settings.services if self.services is None else self.services
-            self.offered = frozenset(named) - self.unable.keys()
-
-    def takes_nothing_new(self) -> bool:
-        """Say whether it drains, by itself or since an operator wants it."""
-        return self.is_drained or not self.slots
-
-    def may_get_jobs(self) -> bool:
-        """Say whether it is there and gets jobs, now or once something is free."""
-        is_there = self.connection is not None and self.connection.is_welcomed
-        is_trusted = self.health.set_aside() is None or self.free_slots() > 0
-        return is_there and is_trusted and not self.takes_nothing_new()
-
-    def is_needed(self) -> bool:
-        """Say whether there is a reason to know it: what it does, or what was said of it."""
-        is_known_for_more = self.is_drained or self.health.losses > 0
-        return self.connection is not None or self.busy() > 0 or is_known_for_more
-
-    def status(self) -> AgentStatus:
-        """Return what an operator sees of it."""
-        now = asyncio.get_running_loop().time()
-        connection = self.connection
-        heard_at = self.heard_at if connection is None else connection.heard_at
-        return AgentStatus(
-            id=self.id,
-            name=self.name,
-            version=self.version,
-            services=None if self.services is None else tuple(sorted(self.services)),
-            slots=self.slots,
-            busy=self.busy(),
-            resources=self.total(),
-            used=self.in_use,
-            jobs=tuple(attempt.job for attempt in self.attempts.values()),
-            is_connected=connection is not None,
-            is_drained=self.is_drained,
-            heartbeat_age=None if heard_at is None else now - heard_at,
-            load=None if connection is None else connection.load,
-            problem=None if connection is None else connection.problem,
-            connected_since=None if connection is None else connection.connected_at,
-            address=None if connection is None else connection.address,
-            default_isolation=self.default_isolation,
-            isolation=self.isolation,
-            problems=tuple(sorted(self.unable.items())),
-            lease_left=self.lease_left,
-            set_aside=self.health.set_aside(),
-        )
 
 
 class Roster:
@@ -289,6 +128,7 @@ class Roster:
     def follow_settings(self) -> None:
         """Ask agents what they make of what services ask for now."""
         for agent in self:
+            agent.trust.services.clear()  # what was wrong with one may be mended
             if agent.connection is not None and agent.connection.is_welcomed:
                 agent.connection.ask_for_isolation()
             agent.judge(self.settings)
@@ -386,35 +226,39 @@ class Roster:
             state=state,
             reason=reason,
         )
-        if loss is Loss.REPORTED:
-            self._distrust(agent, attempt, reason)
+        if loss is not Loss.AGENT_AWAY:
+            self._distrust(agent, attempt, loss, reason)
         self.forget(agent, attempt)
 
-    def started(self, agent: Agent) -> None:
+    def started(self, agent: Agent, attempt: Attempt) -> None:
         """An agent started the process of a job."""
-        if agent.health.start():
+        if agent.trust.start(attempt.job.service):
             self._trust_again(agent)
 
-    def delivered(self, agent: Agent) -> None:
+    def delivered(self, agent: Agent, attempt: Attempt) -> None:
         """An agent delivered a result."""
-        if agent.health.recover():
+        if agent.trust.recover(attempt.job.service):
             self._trust_again(agent)
 
     def _trust_again(self, agent: Agent) -> None:
         event(log, "agent_trusted_again", agent=agent.name)
         self.changed(agent)
 
-    def _distrust(self, agent: Agent, attempt: Attempt, reason: str) -> None:
-        """An agent lost an attempt for a reason of its own: give it nothing for a while."""
+    def _distrust(self, agent: Agent, attempt: Attempt, loss: Loss, reason: str) -> None:
+        """Give an agent nothing for a while, or nothing of one service if that is at fault."""
         loop = asyncio.get_running_loop()
+        service = attempt.job.service if loss is Loss.BY_SERVICE else None
+        health = agent.trust.own if service is None else agent.trust.doubt(service)
         was_started = attempt.state is JobState.RUNNING
-        pause = agent.health.lose(reason, loop.time(), was_started=was_started)
+        pause = health.lose(reason, loop.time(), was_started=was_started)
+        whose = "agent" if service is None else "service"
         event(
             log,
-            "agent_set_aside" if agent.health.set_aside() else "agent_backs_off",
+            f"{whose}_set_aside" if health.set_aside() else f"{whose}_backs_off",
             level=logging.WARNING,
             agent=agent.name,
-            losses=agent.health.losses,
+            service=attempt.job.service,
+            losses=health.losses,
             reason=reason,
             retry_s=pause,
         )
@@ -424,7 +268,7 @@ class Roster:
         """An agent may have a job on trial; one that went away meanwhile may begin anew."""
         if self._agents.get(agent.id) is agent:
             if agent.connection is None:
-                agent.health.recover()
+                agent.trust.begin_anew()
             self.changed(agent)
 
 

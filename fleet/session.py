@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
+from fleet.agent import Agent
 from fleet.connection import AgentSocket, Connection, UnreadableInput
 from fleet.intake import Intake
 from fleet.reconciliation import Reconciliation
-from fleet.roster import Agent, Roster
+from fleet.roster import Roster
 from fleet.storing import until_stored
 from records import IllegalTransition, ResultMismatch, StoreDamaged, Superseded
 from runtime import first_failure

@@ -7,8 +7,9 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
+from fleet.agent import Agent
 from fleet.attempt import Attempt
-from fleet.roster import Agent, Roster
+from fleet.roster import Roster
 from fleet.storing import until_stored
 from jobs import JobState, has_ended
 from records import IllegalTransition, JobStatus

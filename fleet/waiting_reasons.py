@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from config import ServiceLimits
-from fleet.roster import Agent
+from fleet.agent import Agent
 from jobs import Resources, memory_text
 
 _ORDER = ("gpus", "memory", "cpus")  # of what is missing, the scarcest is named
@@ -60,6 +60,11 @@ def _why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) 
     ]
     if not able:
         return _who_is_set_aside(agents, service)
+    if all(agent.withholds(service) for agent in able):
+        names_and_reasons = {agent.name: agent.trust.services[service].reason for agent in able}
+        name = min(names_and_reasons)
+        return f"this service is set aside on agent {name}: {names_and_reasons[name]}"
+    able = [agent for agent in able if not agent.withholds(service)]
     with_slot = [agent for agent in able if agent.free_slots() > 0]
     if not with_slot:
         return "all slots busy"
@@ -77,7 +82,7 @@ def _why_none_is_free(agents: Iterable[Agent], service: str, needed: Resources) 
 
 def _who_is_set_aside(agents: Iterable[Agent], service: str) -> str:
     for agent in agents:
-        if agent.offers(service) and (reason := agent.health.set_aside()):
+        if agent.offers(service) and (reason := agent.trust.own.set_aside()):
             return f"agent {agent.name} is set aside: {reason}"
     return "all slots busy"
 

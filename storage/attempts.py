@@ -228,7 +228,7 @@ class Attempts:
             early_losses += is_early
             counts = not is_early or early_losses % EARLY_LOSSES_OF_A_START == 0
             lost_starts = job.lost_starts + counts
-            if loss is Loss.REPORTED:
+            if loss is not Loss.AGENT_AWAY:
                 others = [other for other in avoided.split() if other != agent_id]
                 avoided = " ".join(sorted([agent_id, *others[-(_MAX_AVOIDED - 1) :]]))
             drop_partial_result(db, attempt_id)

@@ -241,10 +241,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Agent no longer has the attempt, or can't go on with it; another may try."""
+    """Agent no longer has the attempt, or can't go on with it; another may try.
+
+    ``by_service``: for what the service's settings ask for there. That says nothing against the
+    agent, which may go on with jobs of other services.
+    """
 
     attempt_id: int
     reason: str
+    by_service: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from agent.executors.slurm_host import SubmitHost
 from agent.executors.slurm_records import SlurmRecords
 from agent.executors.slurm_submission import Request, batch_script, checked_words
 from agent.isolation.base import PREPARING_MODULE
-from agent.outcomes import Exit, ExitKind, JobLost
+from agent.outcomes import Exit, ExitKind, JobLost, LostByService
 from config import ConfigError
 from jobs import Usage
 from runtime import PASSED_PREFIXES, PASSED_VARIABLES
@@ -97,7 +97,7 @@ class SlurmExecution(Execution):
                     )
             except SubmissionRefused as error:
                 if error.refusal is Refusal.HOW_WE_ASK:
-                    raise JobLost(f"Slurm refused the job: {error}") from None
+                    raise self._refused_as_asked(error) from None
                 if error.refusal is Refusal.WHAT_THE_JOB_ASKS:
                     # of the job's own: no fault of this agent, and no better the next time
                     message = f"Slurm refused the job: {error}"
@@ -151,7 +151,15 @@ class SlurmExecution(Execution):
         try:
             return checked_words(options)
         except ConfigError as error:
-            raise JobLost(f"the service's SLURM_OPTIONS can't be used: {error}") from None
+            raise LostByService(f"the service's SLURM_OPTIONS can't be used: {error}") from None
+
+    def _refused_as_asked(self, error: SubmissionRefused) -> JobLost:
+        """Say whose fault a refusal is that another job would meet, too."""
+        refused = f"Slurm refused the job: {error}"
+        if self._directory.assign.slurm_options:
+            # its own options are what jobs of other services are submitted without
+            return LostByService(f"{refused} (with the service's SLURM_OPTIONS)")
+        return JobLost(refused)
 
     def _why_waiting(self) -> str:
         place = f"in Slurm as {self._records.number()}"

@@ -180,6 +180,7 @@ function warnings(agent) {
   return [
     agent.set_aside ? `Set aside: ${agent.set_aside}` : '',
     agent.problem ?? '',
+    ...(agent.services_set_aside ?? []).map(({ service, reason }) => `Set aside for ${service}: ${reason}`),
     ...(agent.isolation?.not_offered ?? []).map(({ service, reason }) =>
       `Does not offer ${service}: ${reason}`),
   ].filter(Boolean).map((text) => h('p', { class: 'agent-aside' }, icon('warning'), text));

@@ -101,6 +101,12 @@ function ofAgent(agent) {
     return [{ ...place, key: `problem-${agent.id}`, level: 'bad',
       text: `${agent.name} starts no jobs: ${agent.problem}` }];
   }
+  if (agent.services_set_aside?.length) {
+    return agent.services_set_aside.map(({ service, reason }) => ({
+      ...place, key: `aside-${agent.id}-${service}`, level: 'bad',
+      text: `${service} is set aside on ${agent.name}: ${reason}`,
+    }));
+  }
   if (!agent.is_connected && agent.busy > 0) {
     const left = agent.lease_left === null ? '' : `; they go to others in ${duration(agent.lease_left)}`;
     return [{ ...place, key: `away-${agent.id}`, level: 'bad',

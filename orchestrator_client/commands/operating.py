@@ -97,6 +97,8 @@ def _agent_state(agent: Mapping[str, Any]) -> Cell:
         return (f"set aside: {agent['set_aside']}", "red")
     if agent.get("problem"):
         return (f"problem: {agent['problem']}", "red")
+    if aside := agent.get("services_set_aside"):
+        return (f"set aside for {', '.join(each['service'] for each in aside)}", "yellow")
     return ("draining", "yellow") if agent["is_drained"] else ("connected", "green")
 
 

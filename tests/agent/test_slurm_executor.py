@@ -340,7 +340,7 @@ async def test_a_job_that_is_not_listed_or_in_an_unknown_state_has_not_ended(
 async def test_a_refusal_fails_the_job_or_sets_the_agent_aside_by_whose_fault_it_is(
     tmp_path: Path, slurm: SlurmCluster
 ) -> None:
-    environment = {"SERVICE_EXAMPLE_MAX_MEMORY": "1T", "SERVICE_OTHER_SLURM_OPTIONS": "-pnowhere"}
+    environment = {"SERVICE_EXAMPLE_MAX_MEMORY": "1T"}
     async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
         agent = AgentProcess(server, "login")
         await _start(agent, slurm)
@@ -354,11 +354,53 @@ async def test_a_refusal_fails_the_job_or_sets_the_agent_aside_by_whose_fault_it
         ended = await server.wait(int(answer.json()["id"]), "Failed")
         assert "Memory specification can not be satisfied" in ended["message"]
         assert len((await _details(server, int(answer.json()["id"])))["attempts"]) == 1
-        # a mistake of the operator's
-        await server.upload("true", service="other")
+        # a mistake of the operator's, which all jobs of the agent meet
+        await agent.kill()
+        await _start(agent, slurm, "--slurm-options", "-pnowhere")
+        await server.upload("true")
         await _eventually_in(b"invalid partition specified: nowhere", f"{server.url}/agents")
+        shown = await _shown(server)
+        assert "invalid partition specified: nowhere" in shown["set_aside"]
+        assert shown["services_set_aside"] == []
         await agent.kill()
         slurm.cancel_all()
+
+
+async def test_wrong_options_of_one_service_set_that_aside_and_others_go_on(
+    tmp_path: Path, slurm: SlurmCluster
+) -> None:
+    environment = {
+        "SERVICE_EXAMPLE_SLURM_OPTIONS": "--comment=right",
+        "SERVICE_OTHER_SLURM_OPTIONS": "--partition=later",
+        "SERVICE_OTHER_RUNS_PER_USER": "20",
+        "SERVICE_OTHER_MAX_RUNS": "20",
+    }
+    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
+        agent = AgentProcess(server, "login")
+        await _start(agent, slurm)
+        misled = [await server.upload("true", service="other") for _ in range(10)]
+        await _eventually_in(b'"services_set_aside": [{', f"{server.url}/agents")
+        shown = await _shown(server)
+        (aside,) = shown["services_set_aside"]
+        assert aside["service"] == "other"
+        assert "invalid partition specified: later" in aside["reason"]
+        assert shown["set_aside"] is None
+        await server.wait(await server.upload("true"), "Completed")
+        await _waits_for(server, misled[-1], "this service is set aside on agent login: ")
+        # the cluster is mended: its jobs are tried again after a pause
+        slurm.command("scontrol", "create", "partitionname=later", f"nodes={NODE}")
+        for job in misled:
+            await server.wait(job, "Completed", seconds=90)
+        assert (await _shown(server))["services_set_aside"] == []
+        await agent.kill()
+        slurm.cancel_all()
+
+
+async def _shown(server: Server) -> dict[str, Any]:
+    """Return what is said of the one agent."""
+    (shown,) = (await curl(f"{server.url}/agents")).json()["agents"]
+    assert isinstance(shown, dict)
+    return shown
 
 
 _GREEDY = """

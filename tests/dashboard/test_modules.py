@@ -191,3 +191,7 @@ async def test_what_needs_attention_is_found_and_the_worst_comes_first(page: Pag
     assert await said([{**agent, "problem": "Slurm is silent"}], [service], calm) == [
         "bad: node7 starts no jobs: Slurm is silent"
     ]
+    aside = [{"service": "fold", "reason": "invalid partition"}]
+    assert await said([{**agent, "services_set_aside": aside}], [service], calm) == [
+        "bad: fold is set aside on node7: invalid partition"
+    ]

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from config import ServiceLimits
+from fleet.agent import AgentStatus
 from fleet.health import MAX_LOSSES, Health
-from jobs import JobState
+from jobs import JobState, Resources
+from records import UserQueue
 from tests.fleet.peers import Fleet, Peer, archive, running_fleet
 from tests.in_process import Clock
 from wire import messages
@@ -70,6 +73,72 @@ async def test_an_agent_that_loses_all_is_set_aside_and_tried_with_one_job_at_a_
         completing.cancel()
 
 
+async def test_a_service_that_can_not_begin_there_is_set_aside_and_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    limits = ServiceLimits(runs_per_user=99, max_runs=99)
+    services = {"good": limits, "wrong": limits}
+    async with running_fleet(tmp_path, services, max_attempts=1000) as fleet:
+        peer = await fleet.agent("login", slots=8)
+        serving = asyncio.create_task(_lose_one_service(peer, "wrong"))
+        waiting = [await fleet.submit(service="wrong") for _ in range(20)]
+
+        def shown() -> AgentStatus:
+            return fleet.dispatcher.agents()[0]
+
+        await _spend_until_set_aside(fleet, clock, peer)
+        ((service, reason),) = shown().services_set_aside
+        assert service == "wrong"
+        assert "invalid partition" in reason
+        assert shown().set_aside is None
+        await fleet.wait(await fleet.submit(service="good"), JobState.COMPLETED)
+        why = fleet.dispatcher.why_waiting(UserQueue("wrong", 1), Resources())
+        assert why.startswith("this service is set aside on agent login: ")
+        assert "invalid partition" in why
+        # what works for others says nothing of this one
+        assert [name for name, _ in shown().services_set_aside] == ["wrong"]
+        serving.cancel()
+        await _spend(clock, peer, 301)
+        assign = await peer.wait_for(messages.Assign)
+        await fleet.store.probe()
+        assert shown().busy == 1, "one job on trial"
+        assert fleet.dispatcher.why_waiting(UserQueue("wrong", 1), Resources()) == why
+        peer.deliver(assign.attempt_id, archive())
+        completing = asyncio.create_task(_complete_all(peer))
+        for job_id in waiting:
+            await fleet.wait(job_id, JobState.COMPLETED)
+        assert shown().services_set_aside == ()
+        completing.cancel()
+
+
+async def test_a_reload_of_the_settings_has_a_service_tried_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    async with running_fleet(tmp_path, max_attempts=1000) as fleet:
+        peer = await fleet.agent("login", slots=8)
+        losing = asyncio.create_task(_lose_one_service(peer, "example"))
+        job_id = await fleet.submit()
+        await _spend_until_set_aside(fleet, clock, peer)
+        losing.cancel()
+        fleet.settings.replace(fleet.settings.current)
+        assert fleet.dispatcher.agents()[0].services_set_aside == ()
+        assign = await peer.wait_for(messages.Assign)
+        peer.deliver(assign.attempt_id, archive())
+        await fleet.wait(job_id, JobState.COMPLETED)
+
+
+async def _lose_one_service(peer: Peer, service: str) -> None:
+    """Lose each attempt of a service, as its settings are wrong there; complete all others."""
+    while True:
+        assign = await peer.receive(messages.Assign)
+        if assign.service == service:
+            peer.say(messages.Lost(assign.attempt_id, "invalid partition", by_service=True))
+        else:
+            peer.deliver(assign.attempt_id, archive())
+
+
 async def _spend(clock: Clock, peer: Peer, seconds: int) -> None:
     """Let time pass in which the agent is heard."""
     for _ in range(seconds):
@@ -79,7 +148,8 @@ async def _spend(clock: Clock, peer: Peer, seconds: int) -> None:
 
 async def _spend_until_set_aside(fleet: Fleet, clock: Clock, peer: Peer) -> None:
     for _ in range(1000):
-        if fleet.dispatcher.agents()[0].set_aside is not None:
+        (shown,) = fleet.dispatcher.agents()
+        if shown.set_aside is not None or shown.services_set_aside:
             return
         await _spend(clock, peer, 1)
         await fleet.store.probe()
