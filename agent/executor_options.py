@@ -15,7 +15,7 @@ from agent.executors.slurm_commands import SlurmCommands
 from agent.executors.slurm_host import FILE_SYSTEM_SECONDS, SlurmSettings, SubmitHost
 from agent.executors.slurm_submission import checked_options
 from agent.isolation.choice import Isolator
-from agent.resource_options import machine_of
+from agent.resource_options import machine_of, resource_options_given
 from agent.resources import Machine, detected_cpus
 from agent.settings import AgentSettings
 from config import ConfigError
@@ -74,6 +74,11 @@ def executor_of(
     if options.executor != ExecutorKind.SLURM:
         machine = machine_of(options)
         return _local_executor(settings, inherited_environment(environment), machine)
+    if given := resource_options_given(options):
+        raise ConfigError(
+            f"{', '.join(given)}: not with --executor slurm, as Slurm itself knows what its nodes"
+            " have"
+        )
     if not 0 <= options.slurm_file_system <= 3600:
         raise ConfigError("--slurm-file-system must be from 0 to 3600 seconds")
     if not os.path.isabs(options.slurm_python):

@@ -35,6 +35,17 @@ def add_resource_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def resource_options_given(options: argparse.Namespace) -> list[str]:
+    """Return those of the options that were given."""
+    values = {
+        "--cpus": options.cpus is not None,
+        "--memory": options.memory is not None,
+        "--gpus": options.gpus is not None,
+        "--no-affinity": options.no_affinity,
+    }
+    return [name for name, is_given in values.items() if is_given]
+
+
 def machine_of(options: argparse.Namespace) -> Machine:
     """Return what the agent has: what it was told, else what it finds.
 

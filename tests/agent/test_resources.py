@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from agent.outcomes import JobLost
 from agent.resources import Allotments, Allotted, Machine, detected_gpus, parse_gpus
 from agent.results import readable_size
 from jobs import Resources
-from tests.harness import AgentProcess, Server, eventually, lines, running_server
+from tests.harness import PROJECT, AgentProcess, Server, eventually, lines, run, running_server
 
 NewAgent = Callable[[str], AgentProcess]
 
@@ -110,6 +111,28 @@ async def test_usage_counts_the_whole_tree_and_survives_a_restart_of_the_agent(
     assert 1 <= cpu_seconds < 60
     assert 80 << 20 <= peak_memory < 1 << 30
     assert wall_seconds >= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--cpus", "4"), ("--memory", "8G"), ("--gpus", "none"), ("--no-affinity",)],
+    ids=lambda options: options[0],
+)
+async def test_what_is_said_of_a_machine_is_refused_where_slurm_knows_its_nodes(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    # without Slurm it would end as well, with another sentence
+    code, output = await run(
+        *("env", "PATH=/nowhere", sys.executable, str(PROJECT / "orchestrator.py"), "agent"),
+        *("--executor", "slurm", "--server", "http://127.0.0.1:1", "--workdir", str(tmp_path)),
+        *options,
+    )
+    assert code == 2, output
+    assert output.decode().splitlines()[-1] == (
+        f"orchestrator agent: {options[0]}: not with --executor slurm, as Slurm itself knows what"
+        " its nodes have"
+    )
+    assert b"Traceback" not in output
 
 
 async def test_an_attempt_keeps_its_gpus_across_a_restart(tmp_path: Path) -> None:
