@@ -50,7 +50,8 @@ class _Cork:
     """
 
     def __init__(self, socket: Socket) -> None:
-        self._socket = socket
+        # once: uvloop makes another object, and asks the kernel for its address, each time
+        self._connected = socket.get_extra_info("socket")
         self._removal: asyncio.Handle | None = None
 
     def put_on(self) -> None:
@@ -67,10 +68,9 @@ class _Cork:
             self._set(0)
 
     def _set(self, value: int) -> None:
-        connected = self._socket.get_extra_info("socket")
-        if connected is not None and hasattr(sockets, "TCP_CORK"):
+        if self._connected is not None and hasattr(sockets, "TCP_CORK"):
             with suppress(OSError, ValueError):  # it is closed
-                connected.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_CORK, value)
+                self._connected.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_CORK, value)
 
 
 @dataclass(slots=True)
