@@ -112,6 +112,10 @@ class Child:
         """Process id."""
         return self._running().pid
 
+    def exit_code(self) -> int | None:
+        """Return how it has ended; None while it runs."""
+        return self._running().returncode
+
     def peak_memory(self) -> int:
         """Return the most resident memory that it had, restarts included, in bytes."""
         if self._process is not None and self._process.returncode is None:
@@ -211,7 +215,10 @@ class Stage:
     async def agent(
         self, server: Server, slots: int, name: str = "agent", options: Sequence[str] = ()
     ) -> Child:
-        """Start a real agent; returns when it is connected."""
+        """Start a real agent; returns when it is connected.
+
+        Raises :class:`BenchmarkError` with the end of its log if it ends before, or is too slow.
+        """
         command = (
             *(sys.executable, "orchestrator.py", "agent", "--server", server.url, "--name", name),
             *("--slots", str(slots), "--services", "example"),
@@ -220,6 +227,8 @@ class Stage:
         agent = await self._start(Child(self, name, command))
         deadline = time.monotonic() + _START_SECONDS
         while b"event=connected" not in agent.log_path.read_bytes():
+            if (code := agent.exit_code()) is not None:
+                raise agent.failure(f"ended with exit code {code} before it was connected")
             if time.monotonic() > deadline:
                 raise agent.failure("did not connect")
             await asyncio.sleep(_LOG_POLL_SECONDS)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from bench.__main__ import BENCHMARKS
+from bench.measure import BenchmarkError
+from bench.processes import stage
 from tests.harness import PROJECT, eventually
 
 _FIGURE_FIELDS = {
@@ -96,6 +98,17 @@ async def test_an_interrupted_run_leaves_no_process_and_no_file(tmp_path: Path) 
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
     assert not _processes_naming(databases[0].parent)
+
+
+async def test_an_agent_that_ends_at_its_start_fails_the_benchmark_with_its_log(
+    tmp_path: Path,
+) -> None:
+    async with stage(tmp_path / "stage") as made:
+        with pytest.raises(BenchmarkError) as failure:
+            await made.agent(await made.server(), slots=1, options=("--cpus", "none"))
+    said = str(failure.value)
+    assert said.startswith("agent ended with exit code 2 before it was connected")
+    assert "--cpus must be" in said
 
 
 def _processes_naming(directory: Path) -> list[str]:
