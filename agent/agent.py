@@ -140,6 +140,9 @@ class Agent:
         while self._held:
             await next(iter(self._held.values())).wait()
 
+    def _heartbeat(self) -> messages.Heartbeat:
+        return messages.Heartbeat(os.getloadavg()[0], self._executor.problem())
+
     async def _say_drain(self) -> None:
         """Say so, and wait until the server has heard it: what it had given before is here then."""
         if self._channel.outbox is None:
@@ -148,7 +151,7 @@ class Agent:
         self._channel.put(messages.Drain())
         # each is answered by one; the first to come may be the answer to an earlier one
         for _ in range(_BEATS_AFTER_DRAIN):
-            self._channel.put(messages.Heartbeat(os.getloadavg()[0], self._executor.problem()))
+            self._channel.put(self._heartbeat())
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_HEARD_SECONDS):
                 while self._beats_heard < _BEATS_AFTER_DRAIN:
@@ -228,6 +231,8 @@ class Agent:
                 self._take_order(received)
             case messages.Services():
                 self._tasks.create_task(self._check(received), name="check services")
+            case messages.Heartbeat(asks=True):
+                self._channel.put(self._heartbeat())
             case messages.Heartbeat():
                 self._beats_heard += 1
                 self._beat_came.set()

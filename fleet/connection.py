@@ -102,7 +102,7 @@ class Connection:
     async def is_alive(self) -> bool:
         """Ask the agent for a sign of life and wait for it, a moment only."""
         self._heard.clear()
-        self.outbox.put(messages.Heartbeat())
+        self.outbox.put(messages.Heartbeat(asks=True))
         with suppress(TimeoutError):
             await asyncio.wait_for(self._heard.wait(), _PROBE_SECONDS)
         return self._heard.is_set()

@@ -157,11 +157,13 @@ class Refused:
 class Heartbeat:
     """The sender lives. ``load`` is the 1-minute load average of an agent's machine.
 
-    ``problem`` says what keeps an agent from starting any job at all, None if nothing does.
+    ``problem`` says what keeps an agent from starting any job at all, None if nothing does. A
+    server that ``asks`` wants one of the agent's at once; else an agent sends it when it is time.
     """
 
     load: float | None = None
     problem: str | None = None
+    asks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
