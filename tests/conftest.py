@@ -30,9 +30,15 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-async def bare_server(tmp_path: Path) -> AsyncIterator[Server]:
-    """A server without an agent of its own, whose leases are short."""
-    environment = {"LEASE": "3", "KILL_GRACE": "1"}
+async def bare_server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
+    """A server without an agent of its own.
+
+    An agent that comes back on a busy machine comes back within its lease; a test that waits for
+    the end of one is marked ``lease(seconds)``.
+    """
+    mark = request.node.get_closest_marker("lease")
+    lease = 60 if mark is None else mark.args[0]
+    environment = {"LEASE": str(lease), "KILL_GRACE": "1"}
     async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
         yield server
 

@@ -74,7 +74,7 @@ async def test_agents_are_seen_with_what_they_hold_while_connected_and_away(
     assert (seen["slots"], seen["busy"], seen["jobs"]) == (3, 1, [job])
     assert (seen["services"], seen["version"]) == (["example", "fold"], "0.1.0")
     assert (seen["is_connected"], seen["is_drained"], seen["address"]) == (True, False, "127.0.0.1")
-    assert 0 <= seen["heartbeat_age"] < 3
+    assert 0 <= seen["heartbeat_age"] < 60
     assert seen["load"] >= 0
     since = datetime.fromisoformat(seen["connected_since"])
     assert abs((datetime.now(UTC) - since).total_seconds()) < 60
@@ -84,7 +84,7 @@ async def test_agents_are_seen_with_what_they_hold_while_connected_and_away(
         "node7"
     ]
     assert (seen["busy"], seen["jobs"], seen["connected_since"]) == (1, [job], None)
-    assert 0 < seen["lease_left"] <= 3
+    assert 0 < seen["lease_left"] <= 60
     assert (await ask(bare_server, "/services"))["services"][0]["agents"] == []
 
 

@@ -193,6 +193,7 @@ async def test_nothing_is_lost_or_repeated_when_agent_and_server_are_killed(
     assert (await logs(bare_server, job_id)).body == result.read("stdout.log")
 
 
+@pytest.mark.lease(3)
 async def test_an_attempt_that_is_lost_takes_its_output_along(
     bare_server: Server, new_agent: Callable[[str], AgentProcess]
 ) -> None:

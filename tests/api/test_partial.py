@@ -8,7 +8,6 @@ import os
 import shutil
 import threading
 import zipfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -88,17 +87,10 @@ async def test_a_job_that_has_not_run_has_its_input(tmp_path: Path) -> None:
         assert archived.read("large.bin") == large
 
 
-@pytest.fixture
-async def lasting_server(tmp_path: Path) -> AsyncIterator[Server]:
-    """A server without an agent, whose lease outlasts what a test does to one."""
-    async with running_server(tmp_path / "server", "--no-agent") as server:
-        yield server
-
-
 async def test_a_request_that_ends_early_leaves_nothing_and_the_job_goes_on(
-    lasting_server: Server, tmp_path: Path
+    bare_server: Server, tmp_path: Path
 ) -> None:
-    server, go = lasting_server, tmp_path / "go"
+    server, go = bare_server, tmp_path / "go"
     agent = AgentProcess(server, "one")
     await agent.start()
     script = f'head -c 30000000 /dev/urandom > big; until [ -e "{go}" ]; do sleep 0.05; done'

@@ -198,6 +198,7 @@ async def test_following_through_a_restart_shows_each_line_once(
     assert seen == [f"line {i}" for i in range(1, 401)] + ["started"]
 
 
+@pytest.mark.lease(3)
 async def test_following_a_job_that_is_started_again_meanwhile(
     bare_server: Server, new_agent: Callable[[str], AgentProcess]
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 import psutil
+import pytest
 
 from jobs import JobState
 from tests.harness import AgentProcess, Server, curl, eventually, lines
@@ -136,6 +137,7 @@ async def _visit(session: aiohttp.ClientSession, url: str, frames: list[str | by
                 assert message.extra, "the server says why"
 
 
+@pytest.mark.lease(3)
 async def test_no_frame_ends_the_server_touches_jobs_of_others_or_leaves_anything_behind(
     bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:

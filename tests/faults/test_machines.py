@@ -5,22 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.faults.sabotage import through
 from tests.harness import AgentProcess, Server, eventually, lines, running_server
-
-
-@pytest.fixture
-async def patient_server(tmp_path: Path) -> AsyncIterator[Server]:
-    """A server whose leases are long enough for all that is done while its agent is away."""
-    environment = {"LEASE": "60"}
-    async with running_server(tmp_path / "server", "--no-agent", environment=environment) as server:
-        yield server
 
 
 def end_all_but_the_server(server: Server) -> None:
@@ -40,29 +30,29 @@ def pretend_a_restart(agent: AgentProcess, server: Server) -> None:
 
 
 async def test_after_a_restart_of_the_machine_jobs_are_started_again_and_told_why(
-    patient_server: Server, tmp_path: Path
+    bare_server: Server, tmp_path: Path
 ) -> None:
     witness, go = tmp_path / "witness", tmp_path / "go"
     os.mkfifo(go)
-    agent = AgentProcess(patient_server, "reboots")
+    agent = AgentProcess(bare_server, "reboots")
     await agent.start("--slots", "2")
     script = f"echo lost >> {witness}; [ $ORCHESTRATOR_ATTEMPT = 2 ] || sleep 1000"
-    lost = await patient_server.upload(script)
+    lost = await bare_server.upload(script)
     # what it wrote was not synced, so the record of its exit proves nothing
     script = f"echo ended >> {witness}; [ $ORCHESTRATOR_ATTEMPT = 2 ] || read line < {go}; exit 4"
-    ended = await patient_server.upload(script)
+    ended = await bare_server.upload(script)
     await eventually(lambda: sorted(lines(witness)) == ["ended", "lost"], "both run")
     for job_id in (lost, ended):
-        await patient_server.wait(job_id, "Running")
+        await bare_server.wait(job_id, "Running")
     await agent.kill()
     await asyncio.to_thread(go.write_text, "end\n")
     record = agent.attempt(ended) / "exit"
     await eventually(record.exists, "one ends while no agent is there")
-    pretend_a_restart(agent, patient_server)
+    pretend_a_restart(agent, bare_server)
     await agent.start("--slots", "2")
-    await patient_server.wait(lost, "Completed")
-    status = await patient_server.wait(ended)
-    reasons = patient_server.query("SELECT reason FROM history WHERE to_state = 'Queued'")
+    await bare_server.wait(lost, "Completed")
+    status = await bare_server.wait(ended)
+    reasons = bare_server.query("SELECT reason FROM history WHERE to_state = 'Queued'")
     reason = "agent reboots lost it: the machine was restarted before the job had finished"
     assert reasons[2:] == [(reason,), (reason,)]
     assert (status["status"], status["message"]) == ("Failed", "run.sh ended with exit code 4")
@@ -70,14 +60,14 @@ async def test_after_a_restart_of_the_machine_jobs_are_started_again_and_told_wh
 
 
 async def test_a_pid_that_another_process_has_now_is_left_alone(
-    patient_server: Server, tmp_path: Path
+    bare_server: Server, tmp_path: Path
 ) -> None:
-    agent = AgentProcess(patient_server, "careful")
+    agent = AgentProcess(bare_server, "careful")
     await agent.start()
-    job_id = await patient_server.upload("[ $ORCHESTRATOR_ATTEMPT = 2 ] || sleep 1000")
-    await patient_server.wait(job_id, "Running")
+    job_id = await bare_server.upload("[ $ORCHESTRATOR_ATTEMPT = 2 ] || sleep 1000")
+    await bare_server.wait(job_id, "Running")
     await agent.kill()
-    end_all_but_the_server(patient_server)
+    end_all_but_the_server(bare_server)
     stranger = psutil.Popen(["sleep", "1000"], cwd=tmp_path)
     try:
         (directory,) = agent.workdir.glob("attempts/*")
@@ -86,7 +76,7 @@ async def test_a_pid_that_another_process_has_now_is_left_alone(
         record.unlink()
         record.symlink_to(f"{stranger.pid} {start}")
         await agent.start()
-        await patient_server.wait(job_id, "Completed")
+        await bare_server.wait(job_id, "Completed")
         assert stranger.is_running()
         assert stranger.status() != psutil.STATUS_ZOMBIE
     finally:
@@ -142,18 +132,18 @@ async def test_clocks_that_jump_end_no_lease_and_no_job_early_or_late(tmp_path: 
 
 
 async def test_a_result_that_is_damaged_on_the_agents_disk_is_made_again(
-    patient_server: Server, tmp_path: Path
+    bare_server: Server, tmp_path: Path
 ) -> None:
-    agent, go = AgentProcess(patient_server, "rots"), tmp_path / "go"
+    agent, go = AgentProcess(bare_server, "rots"), tmp_path / "go"
     os.mkfifo(go)
     await agent.start()
-    job_id = await patient_server.upload(f"head -c 1000000 /dev/urandom > out; read x < {go}")
+    job_id = await bare_server.upload(f"head -c 1000000 /dev/urandom > out; read x < {go}")
     for attempt, restarts in ((1, False), (2, True)):
         await eventually(
-            lambda count=attempt: patient_server.transitions(job_id).count("Running") == count,  # type: ignore[misc]
+            lambda count=attempt: bare_server.transitions(job_id).count("Running") == count,  # type: ignore[misc]
             "the attempt runs",
         )
-        await patient_server.kill()
+        await bare_server.kill()
         await asyncio.to_thread(go.write_text, "end\n")
         directory = agent.attempt(attempt)
         await eventually((directory / "finished.json").exists, "it ends while no server is there")
@@ -162,12 +152,12 @@ async def test_a_result_that_is_damaged_on_the_agents_disk_is_made_again(
             result.write(b"rotten")
         if restarts:
             await agent.kill()
-        await patient_server.start("--no-agent")
+        await bare_server.start("--no-agent")
         if restarts:
             await agent.start()
     await asyncio.to_thread(go.write_text, "end\n")
-    assert len((await patient_server.result(job_id)).read("out")) == 1_000_000
-    reasons = patient_server.query("SELECT reason FROM history WHERE to_state = 'Queued'")
+    assert len((await bare_server.result(job_id)).read("out")) == 1_000_000
+    reasons = bare_server.query("SELECT reason FROM history WHERE to_state = 'Queued'")
     assert reasons[1:] == [
         ("agent rots sent a result with another SHA-256 than it said",),
         ("agent rots lost it: the result archive is damaged",),

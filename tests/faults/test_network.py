@@ -49,6 +49,7 @@ async def test_a_cut_shorter_than_the_lease_restarts_nothing(
     assert bare_server.transitions(job_id).count("Processing") == 1
 
 
+@pytest.mark.lease(3)
 async def test_a_half_open_connection_is_noticed_and_given_up(
     bare_server: Server, new_agent: NewAgent, proxy: FaultyProxy, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 import psutil
+import pytest
 
 from config import AGENT_TOKEN_VARIABLE
 from tests.harness import (
@@ -65,6 +66,7 @@ async def test_a_job_survives_its_agent_and_is_adopted(server: Server, tmp_path:
     assert sorted(lines(witness)) == ["a", "b"], "neither was started again"
 
 
+@pytest.mark.lease(3)
 async def test_a_job_of_a_lost_agent_goes_to_another_and_the_old_attempt_is_superseded(
     bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:
@@ -370,6 +372,7 @@ async def test_a_second_agent_of_one_identity_is_refused_while_the_first_lives(
     await second.wait_connected()
 
 
+@pytest.mark.lease(3)
 async def test_a_server_that_was_stopped_for_longer_than_the_lease_restarts_nothing(
     bare_server: Server, new_agent: NewAgent, tmp_path: Path
 ) -> None:
