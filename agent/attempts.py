@@ -86,7 +86,7 @@ class Attempt:
         if self.phase is not AttemptPhase.RECEIVING:
             self._channel.put(messages.Accepted(self.id))
         if self.phase is AttemptPhase.ACCEPTED and self._waiting_reason is not None:
-            self._channel.put(messages.Waiting(self.id, self._waiting_reason))
+            self._channel.put(self._waiting(self._waiting_reason))
         if self.phase in (AttemptPhase.RUNNING, AttemptPhase.FINISHED):
             self._channel.put(messages.Started(self.id))
         if self.phase is AttemptPhase.FINISHED and self._finished is not None:
@@ -300,7 +300,10 @@ class Attempt:
             return
         self._waiting_reason = reason
         event(log, "waiting", job=self.job_id, attempt=self.id, reason=reason)
-        self._channel.put(messages.Waiting(self.id, reason))
+        self._channel.put(self._waiting(reason))
+
+    def _waiting(self, reason: str) -> messages.Waiting:
+        return messages.Waiting(self.id, reason, self.execution.is_handed_on())
 
     def _log(self, name: str) -> None:
         event(log, name, job=self.job_id, attempt=self.id)

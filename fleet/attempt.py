@@ -11,7 +11,10 @@ from records import ActiveJob, JobIdentity
 
 @dataclass(eq=False, slots=True)
 class Attempt:
-    """How far an attempt is; ``ended`` is set once it counts no more, or its result is stored."""
+    """How far an attempt is; ``ended`` is set once it counts no more, or its result is stored.
+
+    ``is_begun``: its process was started, or a cluster has taken it.
+    """
 
     job: JobIdentity
     id: int
@@ -19,6 +22,7 @@ class Attempt:
     demand: Demand
     state: JobState = JobState.PROCESSING
     waiting_reason: str | None = None  # why it does not run yet, as its agent says
+    is_begun: bool = False
     may_have_result: bool = True  # some bytes of it may be stored already
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -22,8 +22,8 @@ class Health:
 
     After a loss it gets nothing for a while, twice as long each time; what it loses meanwhile
     counts with it. With :data:`MAX_LOSSES` in a row it is set aside: it gets one job on trial
-    after each pause. A result that it delivers makes it as good as new, and so does a process that
-    it starts if it never lost one that it had started.
+    after each pause. A result that it delivers makes it as good as new, and so does a job that
+    it begins if it never lost one that it had started.
     """
 
     losses: int = 0
@@ -41,8 +41,8 @@ class Health:
             self.trial_at = now + min(doubled, _LONGEST_PAUSE_SECONDS)
         return self.trial_at - now
 
-    def start(self) -> bool:
-        """It started a job's process; returns whether that makes it well again."""
+    def begin(self) -> bool:
+        """It began a job; returns whether that makes it well again."""
         return self.losses > 0 and not self.lost_started and self.recover()
 
     def recover(self) -> bool:
@@ -77,9 +77,9 @@ class Trust:
         """Return the health of a service there, which is about to get worse."""
         return self.services.setdefault(service, Health())
 
-    def start(self, service: str) -> bool:
-        """It started a job's process; returns whether that makes anything well again."""
-        return self._judge(service, Health.start)
+    def begin(self, service: str) -> bool:
+        """It began a job of a service; returns whether that makes anything well again."""
+        return self._judge(service, Health.begin)
 
     def recover(self, service: str) -> bool:
         """It delivered a result; returns whether that makes anything well again."""

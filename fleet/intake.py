@@ -116,7 +116,7 @@ class Intake:
                 await self._advance(jobs.JobState.SUBMITTED, "input received")
             case messages.Started():
                 await self._advance(jobs.JobState.RUNNING, "process started")
-                self._roster.started(self._agent, self._attempt)
+                self._roster.began(self._agent, self._attempt)
             case messages.Finished():
                 report = replace(item, message=item.message[:_MAX_MESSAGE_LENGTH])
                 self._result = result = await self._begin_result(report)

@@ -230,9 +230,12 @@ class Roster:
             self._distrust(agent, attempt, loss, reason)
         self.forget(agent, attempt)
 
-    def started(self, agent: Agent, attempt: Attempt) -> None:
-        """An agent started the process of a job."""
-        if agent.trust.start(attempt.job.service):
+    def began(self, agent: Agent, attempt: Attempt) -> None:
+        """An agent started the process of a job, or had a cluster take it; may be repeated."""
+        if attempt.is_begun:
+            return  # what began long ago says nothing of what it can begin now
+        attempt.is_begun = True
+        if agent.trust.begin(attempt.job.service):
             self._trust_again(agent)
 
     def delivered(self, agent: Agent, attempt: Attempt) -> None:

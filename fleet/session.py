@@ -194,6 +194,8 @@ class Session:
             case messages.Waiting():
                 if attempt := self._agent.attempts.get(message.attempt_id):
                     attempt.waiting_reason = message.reason[:_MAX_REASON_CHARACTERS]
+                    if message.is_handed_on:
+                        self._roster.began(self._agent, attempt)
             case (
                 messages.Accepted()
                 | messages.Started()

@@ -207,10 +207,15 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """An accepted job does not run yet, for the reason that is given; the last one counts."""
+    """An accepted job does not run yet, for the reason that is given; the last one counts.
+
+    ``is_handed_on``: a cluster has taken it, and runs it when its turn comes. So the agent does
+    what it is there for, however long that takes.
+    """
 
     attempt_id: int
     reason: str
+    is_handed_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,10 @@ class Execution(ABC):
         Answered from the attempt's directory alone, at once.
         """
 
+    def is_handed_on(self) -> bool:
+        """Whether somebody else has taken the job, and runs it when its turn comes."""
+        return False
+
     @abstractmethod
     def check_adopted(self) -> None:
         """Raise :class:`~agent.outcomes.JobLost` if what an earlier process left can't be trusted.

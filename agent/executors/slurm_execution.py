@@ -56,6 +56,10 @@ class SlurmExecution(Execution):
         """Whether a supervisor has taken the directory."""
         return self._records.is_started()
 
+    def is_handed_on(self) -> bool:
+        """Whether Slurm has taken the job."""
+        return self._records.number() is not None
+
     def check_adopted(self) -> None:
         """Raise :class:`JobLost` for what had not left this machine when it went down."""
         if not self._records.was_submitted():

@@ -52,9 +52,9 @@ async def _details(server: Server, job: int) -> dict[str, Any]:
     return (await curl(f"{server.url}/jobs/{job}")).json()
 
 
-async def _waits_for(server: Server, job: int, words: str) -> dict[str, Any]:
+async def _waits_for(server: Server, job: int, words: str, seconds: float = 30) -> dict[str, Any]:
     """Wait until the job says that it waits for this reason; returns its details."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + seconds
     while words not in str((details := await _details(server, job))["waiting_reason"]):
         assert time.monotonic() < deadline, details
         await asyncio.sleep(0.1)
@@ -387,8 +387,11 @@ async def test_wrong_options_of_one_service_set_that_aside_and_others_go_on(
         assert shown["set_aside"] is None
         await server.wait(await server.upload("true"), "Completed")
         await _waits_for(server, misled[-1], "this service is set aside on agent login: ")
-        # the cluster is mended: its jobs are tried again after a pause
-        slurm.command("scontrol", "create", "partitionname=later", f"nodes={NODE}")
+        # the cluster is mended: its jobs are tried again after a pause, first one, and all once
+        # Slurm has taken that one, whenever it may run
+        with _drained_node(slurm):
+            slurm.command("scontrol", "create", "partitionname=later", f"nodes={NODE}")
+            await _waits_for(server, misled[-1], "in Slurm as ", seconds=90)
         for job in misled:
             await server.wait(job, "Completed", seconds=90)
         assert (await _shown(server))["services_set_aside"] == []

@@ -104,12 +104,35 @@ async def test_a_service_that_can_not_begin_there_is_set_aside_and_others_go_on(
         await fleet.store.probe()
         assert shown().busy == 1, "one job on trial"
         assert fleet.dispatcher.why_waiting(UserQueue("wrong", 1), Resources()) == why
+        # a cluster has taken that one: the others need not wait until it has run
+        peer.say(messages.Waiting(assign.attempt_id, "in Slurm as 7: Priority", is_handed_on=True))
+        await fleet.until(lambda: shown().busy == 8)
+        assert shown().services_set_aside == ()
         peer.deliver(assign.attempt_id, archive())
         completing = asyncio.create_task(_complete_all(peer))
         for job_id in waiting:
             await fleet.wait(job_id, JobState.COMPLETED)
         assert shown().services_set_aside == ()
         completing.cancel()
+
+
+async def test_a_job_that_was_handed_on_before_says_nothing_of_those_that_are_refused_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    async with running_fleet(tmp_path, max_attempts=1000) as fleet:
+        peer = await fleet.agent("login", slots=8)
+        job_id = await fleet.submit()
+        before = (await peer.wait_for(messages.Assign)).attempt_id
+        peer.say(messages.Waiting(before, "in Slurm as 7: Priority", is_handed_on=True))
+        losing = asyncio.create_task(_lose_one_service(peer, "example"))
+        await fleet.submit()
+        await _spend_until_set_aside(fleet, clock, peer)
+        peer.say(messages.Waiting(before, "in Slurm as 7: Resources", is_handed_on=True))
+        peer.run_through(before)
+        await fleet.wait(job_id, JobState.RUNNING)
+        assert fleet.dispatcher.agents()[0].services_set_aside
+        losing.cancel()
 
 
 async def test_a_reload_of_the_settings_has_a_service_tried_again_at_once(
@@ -191,13 +214,13 @@ def test_losses_in_a_row_count_those_of_one_moment_once() -> None:
     for _ in range(30):
         pause = health.lose("full", health.trial_at, was_started=False)
     assert pause == 300
-    assert health.start(), "a process that it starts shows that it is well"
+    assert health.begin(), "a job that it begins shows that it is well"
     assert health.allowed(8, 0, 0.0) == 8
 
 
 def test_an_agent_that_lost_running_jobs_is_well_only_once_it_has_delivered_one() -> None:
     health = Health()
     health.lose("full", 0.0, was_started=True)
-    assert not health.start()
+    assert not health.begin()
     assert health.recover()
     assert not health.recover()
