@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+import pytest_asyncio
 import yaml
 from aiohttp.test_utils import TestClient
 
@@ -46,6 +47,14 @@ async def idle(tmp_path: Path) -> AsyncIterator[Server]:
         yield server
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def empty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    """A server without an agent for all tests after which it must be as empty as before."""
+    directory = tmp_path_factory.mktemp("empty")
+    async with running_server(directory, "--no-agent") as server:
+        yield server
+
+
 def assert_error(answer: Answer, status: int, words: str) -> None:
     assert answer.status == status, answer
     body = answer.json()
@@ -60,41 +69,41 @@ def nothing_stored(server: Server) -> bool:
     ] and server.query("SELECT count(*) FROM chunk") == [(0,)]
 
 
-async def test_the_simple_paths(idle: Server) -> None:
-    health = await curl(f"{idle.url}/health")
+async def test_the_simple_paths(empty: Server) -> None:
+    health = await curl(f"{empty.url}/health")
     assert (health.status, health.json()["status"]) == (200, "healthy")
-    ping = await curl(f"{idle.url}/")
+    ping = await curl(f"{empty.url}/")
     assert (ping.status, b"running" in ping.body) == (200, True)
-    page = await curl(f"{idle.url}/swagger-ui/")
+    page = await curl(f"{empty.url}/swagger-ui/")
     assert b"swagger-ui-bundle.js" in page.body
     # nothing on the page comes from elsewhere: neither scripts nor the spec's validator
     assert not re.search(rb"(src|href)=.https?:", page.body)
     assert b'"validatorUrl": null' in page.body
-    bundle = await curl(f"{idle.url}/swagger-ui/swagger_ui_static/swagger-ui-bundle.js")
+    bundle = await curl(f"{empty.url}/swagger-ui/swagger_ui_static/swagger-ui-bundle.js")
     assert (bundle.status, len(bundle.body) > 100_000) == (200, True)
-    assert (await curl(f"{idle.url}/swagger-ui/swagger.json")).json()["openapi"].startswith("3.")
+    assert (await curl(f"{empty.url}/swagger-ui/swagger.json")).json()["openapi"].startswith("3.")
 
 
-async def test_what_is_not_there_is_answered_in_the_error_shape(idle: Server) -> None:
-    assert_error(await curl(f"{idle.url}/nothing"), 404, "/nothing")
+async def test_what_is_not_there_is_answered_in_the_error_shape(empty: Server) -> None:
+    assert_error(await curl(f"{empty.url}/nothing"), 404, "/nothing")
     for job_id in ("1", "abc", "-1", "9" * 30, "%00", "1.0"):
-        assert_error(await curl(f"{idle.url}/download/{job_id}"), 404, "no job")
-    assert_error(await curl("-X", "DELETE", f"{idle.url}/upload"), 405, "DELETE")
-    assert_error(await curl("-X", "POST", f"{idle.url}/health"), 405, "POST")
-    header = f"Authorization: Bearer {idle.agent_token()}"
-    assert_error(await curl("-H", header, f"{idle.url}/agent"), 400, "WebSocket")
+        assert_error(await curl(f"{empty.url}/download/{job_id}"), 404, "no job")
+    assert_error(await curl("-X", "DELETE", f"{empty.url}/upload"), 405, "DELETE")
+    assert_error(await curl("-X", "POST", f"{empty.url}/health"), 405, "POST")
+    header = f"Authorization: Bearer {empty.agent_token()}"
+    assert_error(await curl("-H", header, f"{empty.url}/agent"), 400, "WebSocket")
 
 
-async def test_head_is_where_get_is(idle: Server) -> None:
+async def test_head_is_where_get_is(empty: Server) -> None:
     for path in ("/", "/health", "/jobs"):
-        answer = await curl("-I", f"{idle.url}{path}")
+        answer = await curl("-I", f"{empty.url}{path}")
         assert answer.status == 200
         assert b"x-content-type-options: nosniff" in answer.body.lower()
-    assert (await curl("-I", f"{idle.url}/download/1")).status == 404
+    assert (await curl("-I", f"{empty.url}/download/1")).status == 404
 
 
 async def test_every_route_is_documented_and_every_documented_path_is_routed(
-    idle: Server,
+    empty: Server,
 ) -> None:
     document = yaml.safe_load(Path(runtime.data_file("openapi.yaml")).read_text())
     documented = {
@@ -172,11 +181,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 async def test_a_bad_upload_is_refused_and_changes_nothing(
-    idle: Server, folder: Path, case: str
+    empty: Server, folder: Path, case: str
 ) -> None:
     arguments, words = REFUSED[case]
-    assert_error(await curl(*arguments, f"{idle.url}/upload", cwd=folder), 400, words)
-    assert nothing_stored(idle)
+    assert_error(await curl(*arguments, f"{empty.url}/upload", cwd=folder), 400, words)
+    assert nothing_stored(empty)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +199,11 @@ async def test_a_bad_upload_is_refused_and_changes_nothing(
         "",
     ],
 )
-async def test_a_truncated_form_is_refused_and_changes_nothing(idle: Server, body: str) -> None:
+async def test_a_truncated_form_is_refused_and_changes_nothing(empty: Server, body: str) -> None:
     header = "Content-Type: multipart/form-data; boundary=b"
-    answer = await curl("-H", header, "--data-binary", body, f"{idle.url}/upload")
+    answer = await curl("-H", header, "--data-binary", body, f"{empty.url}/upload")
     assert_error(answer, 400, "form|file|user_id")
-    assert nothing_stored(idle)
+    assert nothing_stored(empty)
 
 
 async def test_fields_may_come_in_any_order_and_names_may_be_unusual(
@@ -336,16 +345,16 @@ async def test_a_request_of_the_limit_is_accepted_without_buffering_it(idle: Ser
 @pytest.mark.parametrize(
     "header", ["Expect: 100-continue", "Expect:", "Transfer-Encoding: chunked"]
 )
-async def test_one_byte_past_the_limit_is_refused(idle: Server, header: str) -> None:
-    answer = await _upload_zeros(idle, LIMIT + 1, header)
+async def test_one_byte_past_the_limit_is_refused(empty: Server, header: str) -> None:
+    answer = await _upload_zeros(empty, LIMIT + 1, header)
     assert_error(answer, 413, "larger than 400 MB")
-    await eventually(lambda: nothing_stored(idle), "all of it was erased")
+    await eventually(lambda: nothing_stored(empty), "all of it was erased")
 
 
-async def test_a_request_announced_as_too_long_is_refused_before_its_body(idle: Server) -> None:
-    host, _, port = idle.url.removeprefix("http://").rpartition(":")
+async def test_a_request_announced_as_too_long_is_refused_before_its_body(empty: Server) -> None:
+    host, _, port = empty.url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    head = _request_head(idle, LIMIT + 1)
+    head = _request_head(empty, LIMIT + 1)
     writer.write(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
     line = await asyncio.wait_for(reader.readline(), 5)
     assert line.startswith(b"HTTP/1.1 413")
@@ -366,13 +375,13 @@ async def test_a_request_announced_as_too_long_is_refused_before_its_body(idle: 
     ],
 )
 async def test_a_page_of_another_site_can_not_post_a_job(
-    idle: Server, folder: Path, headers: dict[str, str]
+    empty: Server, folder: Path, headers: dict[str, str]
 ) -> None:
     arguments = ["-F", "file=@run.sh", "-F", "user_id=1", "-F", "service=example"]
     for name, value in headers.items():
         arguments += ["-H", f"{name}: {value}" if value else f"{name};"]
-    assert_error(await curl(*arguments, f"{idle.url}/upload", cwd=folder), 403, "Host|page")
-    assert nothing_stored(idle)
+    assert_error(await curl(*arguments, f"{empty.url}/upload", cwd=folder), 403, "Host|page")
+    assert nothing_stored(empty)
 
 
 async def test_the_own_page_may_post_and_other_names_of_the_machine_work(

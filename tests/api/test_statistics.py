@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
-
 from records import Role, Token, digest_of
 from storage.tokens import create_token, new_secret
 from tests.harness import Server, curl
@@ -31,12 +29,12 @@ async def test_statistics_tell_what_came_and_ended(server: Server) -> None:
     assert not any(point["submitted"] for point in others["points"])
 
 
-@pytest.mark.parametrize("query", ["period=2h", "period=", "periode=1h"])
-async def test_statistics_refuse_what_they_do_not_know(server: Server, query: str) -> None:
-    answer = await curl(f"{server.url}/stats?{query}")
-    assert answer.status == 400
-    assert (answer.json()["id"], answer.json()["status"]) == (0, "Unknown")
-    assert query.partition("=")[0] in answer.json()["message"]
+async def test_statistics_refuse_what_they_do_not_know(server: Server) -> None:
+    for query in ("period=2h", "period=", "periode=1h"):
+        answer = await curl(f"{server.url}/stats?{query}")
+        assert answer.status == 400, query
+        assert (answer.json()["id"], answer.json()["status"]) == (0, "Unknown")
+        assert query.partition("=")[0] in answer.json()["message"]
 
 
 async def test_callers_hear_of_their_own_token_and_admins_of_all(server: Server) -> None:

@@ -41,39 +41,39 @@ def imports_of(path: Path) -> set[Path]:
     return found
 
 
-async def test_the_page_is_served_with_its_policy_and_asked_for_again(server: Server) -> None:
-    address = f"{server.url}/ui/"
+async def test_the_page_is_served_with_its_policy_and_asked_for_again(site: Server) -> None:
+    address = f"{site.url}/ui/"
     headers = headers_of((await curl("-i", address)).body)
     assert headers["content-security-policy"] == POLICY
     assert headers["cache-control"] == "no-cache"
     assert headers["x-content-type-options"] == "nosniff"
     answer = await curl("-H", f"If-None-Match: {headers['etag']}", address)
     assert (answer.status, answer.body) == (304, b"")
-    script = await curl("-i", "-H", "Accept-Encoding: gzip", f"{server.url}/ui/main.js")
+    script = await curl("-i", "-H", "Accept-Encoding: gzip", f"{site.url}/ui/main.js")
     headers = headers_of(script.body)
     assert (headers["content-encoding"], headers["vary"]) == ("gzip", "Accept-Encoding")
     body = script.body.partition(b"\r\n\r\n")[2]
     assert gzip.decompress(body) == (DASHBOARD / "main.js").read_bytes()
     assert headers["content-type"] == "text/javascript; charset=utf-8"
-    answer = await curl("-H", f"If-None-Match: {headers['etag']}", f"{server.url}/ui/main.js")
+    answer = await curl("-H", f"If-None-Match: {headers['etag']}", f"{site.url}/ui/main.js")
     assert answer.status == 304
 
 
 @pytest.mark.parametrize(
     "path", ["types.d.ts", "tsconfig.json", "../openapi.yaml", "%2e%2e/store.py"]
 )
-async def test_nothing_but_the_page_is_served(server: Server, path: str) -> None:
-    answer = await curl("--path-as-is", f"{server.url}/ui/{path}")
+async def test_nothing_but_the_page_is_served(site: Server, path: str) -> None:
+    answer = await curl("--path-as-is", f"{site.url}/ui/{path}")
     assert answer.status == 404
     assert answer.json()["status"] == "Unknown"
 
 
-async def test_browsers_are_led_to_the_page_and_others_are_not(server: Server) -> None:
-    plain = await curl(server.url)
+async def test_browsers_are_led_to_the_page_and_others_are_not(site: Server) -> None:
+    plain = await curl(site.url)
     assert plain.body == b"Orchestrator is running\n"
-    html = await curl("-H", "Accept: text/html,application/xhtml+xml", server.url)
+    html = await curl("-H", "Accept: text/html,application/xhtml+xml", site.url)
     assert b'href="ui/"' in html.body
-    answer = await curl("-L", f"{server.url}/ui")
+    answer = await curl("-L", f"{site.url}/ui")
     assert (answer.status, b"<title>Orchestrator</title>" in answer.body) == (200, True)
 
 
