@@ -283,6 +283,11 @@ class AgentProcess:
     async def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         """Start it, with the server's token unless another is given; does not wait for more."""
         environment = {AGENT_TOKEN_VARIABLE: self.server.agent_token(), **(environment or {})}
+        if self.through:
+            # an agent that finds it in its environment starts anew without it, and without this
+            token = self.server.directory / f"agent-{self.name}.token"
+            token.write_text(environment.pop(AGENT_TOKEN_VARIABLE))
+            arguments = (*arguments, "--token-file", str(token))
         with open(self.server.directory / f"agent-{self.name}.log", "ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(*self.prefix, sys.executable, *self.through, str(PROJECT / "orchestrator.py")),

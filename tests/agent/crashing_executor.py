@@ -26,7 +26,6 @@ from agent.executors.records import exit_record
 from agent.isolation.choice import Isolator
 from agent.outcomes import Exit, ExitKind, JobLost
 from agent.resources import Machine
-from config import AGENT_TOKEN_VARIABLE
 
 _LOOK_SECONDS = 0.02
 _SHELL = """
@@ -147,11 +146,4 @@ class _Execution(Execution):
 
 if __name__ == "__main__":
     vars(executor_options)["LocalExecutor"] = CrashingExecutor
-    # an agent that finds its token in its environment starts anew without it, and without us
-    arguments = sys.argv[3:]
-    if token := os.environ.pop(AGENT_TOKEN_VARIABLE, None):
-        receiving, sending = os.pipe()
-        os.write(sending, token.encode())
-        os.close(sending)
-        arguments += ["--token-file", f"/dev/fd/{receiving}"]
-    sys.exit(command.main(arguments))
+    sys.exit(command.main(sys.argv[3:]))
