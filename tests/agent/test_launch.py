@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from agent.supervision.launcher import Launcher, LaunchRequest, LifeLine
+from tests.faults.sabotage import through
 from tests.harness import AgentProcess, Server, curl, eventually, lines
 
 
@@ -72,16 +73,21 @@ async def test_a_fork_server_that_hangs_delays_jobs_and_loses_none(server: Serve
     assert (await server.status(killed))["status"] == "Killed"
 
 
-async def test_a_fork_server_that_never_comes_back_is_replaced(server: Server) -> None:
-    agent = await server.agent_pid()
-    await eventually(lambda: len(fork_servers(agent)) == 1, "the fork server is up")
-    (process,) = fork_servers(agent)
+async def test_a_fork_server_that_never_comes_back_is_replaced(
+    bare_server: Server, new_agent: Callable[[str], AgentProcess]
+) -> None:
+    agent = new_agent("patient")
+    agent.through = through({"constants": {"agent.executors.local._START_SECONDS": 3.0}})
+    await agent.start()
+    await agent.wait_connected()
+    assert agent.process is not None
+    (process,) = fork_servers(agent.process.pid)
     process.suspend()
-    job_id = await server.upload("echo late > out")
-    assert (await server.result(job_id, seconds=60)).read("out") == b"late\n"
-    assert "event=fork_server_hangs" in server.log()
-    assert fork_servers(agent) != [process]
-    assert server.query("SELECT count(*) FROM attempt") == [(1,)]
+    job_id = await bare_server.upload("echo late > out")
+    assert (await bare_server.result(job_id, seconds=60)).read("out") == b"late\n"
+    assert "event=fork_server_hangs" in agent.log()
+    assert fork_servers(agent.process.pid) != [process]
+    assert bare_server.query("SELECT count(*) FROM attempt") == [(1,)]
 
 
 async def test_a_supervisor_runs_one_job_after_the_other_and_mixes_nothing_up(

@@ -9,6 +9,9 @@ transaction, or right after the commit that follows, when nobody has been told o
 
 ``sync``: on SIGUSR1 every fsync(2) and fdatasync(2) of the process fails with EIO from then on.
 
+``constants``: ``{"module.NAME": VALUE, ...}`` replaces constants of the program, for what nobody
+would have a test wait for.
+
 ``clock``: path of a file with a number of seconds by which the wall clock is wrong. It is
 read at each look at the clock, so the clock jumps when the file changes.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
 import json
 import os
 import platform
@@ -70,6 +74,14 @@ def _set_clock_by(path: str) -> None:
     time.time = lambda: true_time() + float(Path(path).read_text())
 
 
+def _replace(constants: dict[str, object]) -> None:
+    for path, value in constants.items():
+        module, _, name = path.rpartition(".")
+        found = importlib.import_module(module)
+        assert hasattr(found, name), path
+        setattr(found, name, value)
+
+
 class _Instruction(ctypes.Structure):
     _fields_ = (("code", c_ushort), ("if_true", c_ubyte), ("if_false", c_ubyte), ("value", c_uint))
 
@@ -112,6 +124,7 @@ def main() -> None:
         signal.signal(signal.SIGUSR1, _fail_syncs)
     if "clock" in plan:
         _set_clock_by(plan["clock"])
+    _replace(plan.get("constants", {}))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
