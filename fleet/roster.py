@@ -236,15 +236,15 @@ class Roster:
             return  # what began long ago says nothing of what it can begin now
         attempt.is_begun = True
         if agent.trust.begin(attempt.job.service):
-            self._trust_again(agent)
+            self._trust_again(agent, attempt)
 
     def delivered(self, agent: Agent, attempt: Attempt) -> None:
         """An agent delivered a result."""
         if agent.trust.recover(attempt.job.service):
-            self._trust_again(agent)
+            self._trust_again(agent, attempt)
 
-    def _trust_again(self, agent: Agent) -> None:
-        event(log, "agent_trusted_again", agent=agent.name)
+    def _trust_again(self, agent: Agent, attempt: Attempt) -> None:
+        event(log, "agent_trusted_again", agent=agent.name, service=attempt.job.service)
         self.changed(agent)
 
     def _distrust(self, agent: Agent, attempt: Attempt, loss: Loss, reason: str) -> None:
