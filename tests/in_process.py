@@ -31,6 +31,7 @@ from dispatch import Dispatcher
 from jobs import FINAL_STATES, JobState
 from records import JobIdentity, JobRequest
 from store import Store
+from tests.storage.steps import filled
 from wire import codec, messages
 from wire.messages import ProtocolError
 
@@ -296,11 +297,7 @@ class House:
 
     async def submit(self, script: bytes = b"true", user_id: int = 1) -> JobIdentity:
         """Submit a job."""
-        upload = self.store.uploads.new()
-        upload.start_file("run.sh")
-        for start in range(0, len(script), 2**18):
-            await upload.write(script[start : start + 2**18])
-        await upload.finish_file()
+        upload = await filled(self.store, script)
         request = JobRequest(user_id, "example")
         return (await self.dispatcher.submit(upload, request, "uploaded")).job
 

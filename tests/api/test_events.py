@@ -10,7 +10,7 @@ import pytest
 from events import Feed, Lagged, Transition
 from jobs import JobState
 from records import IllegalTransition
-from tests.storage.test_store import begin, make_job, opened, report, zipped
+from tests.storage.steps import begin, make_job, opened, report, zipped
 
 pytestmark = pytest.mark.quick
 

@@ -35,7 +35,7 @@ from tests.harness import (
     run,
     running_server,
 )
-from tests.storage.test_store import make_job, opened
+from tests.storage.steps import make_job, opened
 
 
 @pytest.fixture

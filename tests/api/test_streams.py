@@ -27,7 +27,7 @@ from store import READERS, Store
 from tests.api.in_process import ApiServer
 from tests.api.test_api import assert_error
 from tests.harness import AgentProcess, Server, curl, eventually, running_server
-from tests.storage.test_store import make_job, opened
+from tests.storage.steps import make_job, opened
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dispatch import Dispatcher
 from jobs import JobState, Resources
 from records import JobRequest
 from store import Store
+from tests.storage.steps import filled
 from wire import codec, messages
 from wire.frames import CHUNK_BYTES, Frame, Stream, decode_frame, encode_frame, transfer_id
 
@@ -155,10 +156,7 @@ class Fleet:
         **request: Any,
     ) -> int:
         """Submit a job; returns its id."""
-        upload = self.store.uploads.new()
-        upload.start_file("run.sh")
-        await upload.write(content)
-        await upload.finish_file()
+        upload = await filled(self.store, content)
         submission = await self.dispatcher.submit(
             upload, JobRequest(user_id, service, **request), "uploaded"
         )

@@ -17,7 +17,7 @@ from records import JobRequest, NewOutput, OutputPiece, Role, StoreError, Token
 from storage.check import check
 from storage.tokens import create_token
 from store import Store
-from tests.storage.test_store import NO_LIMIT, make_job, opened, report, run_job, zipped
+from tests.storage.steps import make_job, opened, report, run_job, submit, zipped
 from wire.frames import CHUNK_BYTES, Stream
 
 SEED = int(os.environ.get("FAULT_SEED", "1"))
@@ -41,13 +41,9 @@ async def _fill(store: Store) -> None:
     await store.agents.record_connection("agent-1", "one")
     await store.agents.record_change("agent-1", "one", AgentChangeKind.DISCONNECTED)
     for number in range(6):
-        upload = store.uploads.new()
-        upload.start_file("run.sh")
-        await upload.write(os.urandom(3000))
-        await upload.finish_file()
         key = f"key {number}"
         request = JobRequest(1, "example", f"job {number}", 1, 60, (("a", "b"),), key, cpus=2)
-        job = (await upload.commit(request, "uploaded", NO_LIMIT)).job
+        job = await submit(store, request, os.urandom(3000))
         attempt_id = await run_job(store, job)
         piece = OutputPiece(Stream.STDOUT, 0, os.urandom(2000))
         await store.attempts.append_result(attempt_id, 0, [])

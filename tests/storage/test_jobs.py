@@ -15,7 +15,7 @@ from records import JobFilter, JobRequest, KnownAgent, Loss, NotEnded
 from storage import clock
 from storage.check import check
 from store import Store
-from tests.storage.test_store import (
+from tests.storage.steps import (
     NO_LIMIT,
     begin,
     eventually_no_chunks,
@@ -23,21 +23,15 @@ from tests.storage.test_store import (
     opened,
     report,
     run_job,
+    submit,
     zipped,
 )
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "orchestrator.db"
-
-
-@pytest.fixture
-async def store(path: Path) -> AsyncIterator[Store]:
-    async with opened(path) as store:
-        await store.agents.record_connection("agent-1", "one")
-        yield store
-        assert check(str(path), lambda done, total: None) == []
+async def store(store: Store, path: Path) -> AsyncIterator[Store]:
+    yield store
+    assert check(str(path), lambda done, total: None) == []
 
 
 async def fail(store: Store) -> int:
@@ -105,12 +99,9 @@ async def test_many_jobs_are_found_counted_ended_deleted_and_run_again(store: St
 
 
 async def test_what_was_asked_for_is_kept_for_the_agent_and_for_another_run(store: Store) -> None:
-    upload = store.uploads.new()
-    upload.start_file("run.sh")
-    await upload.finish_file()
     needed = Resources(4, 2**33, 2)
     asked = JobRequest(1, "example", cpus=4, memory=2**33, resources=needed)
-    job = (await upload.commit(asked, "uploaded", NO_LIMIT)).job
+    job = await submit(store, asked)
     assert await store.jobs.request(job.id) == asked
     demand = Demand(needed)
     assert await store.jobs.queue_lengths() == {(job.queue, demand): 1}
@@ -126,29 +117,22 @@ async def test_nothing_ages_by_a_wall_clock_that_jumps(
     path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     request = JobRequest(1, "example", idempotency_key="key")
-
-    async def submit(store: Store) -> int:
-        upload = store.uploads.new()
-        upload.start_file("run.sh")
-        await upload.finish_file()
-        return (await upload.commit(request, "uploaded", NO_LIMIT)).job.id
-
     true_time = time.time
     async with opened(path) as store:
         await store.agents.record_connection("agent-1", "one")
-        job_id = await submit(store)
+        job_id = (await submit(store, request)).id
         await store.jobs.kill(job_id, "terminated")
         monkeypatch.setattr(time, "time", lambda: true_time() + jump)
         await _expect_nothing_has_aged(store)
-        assert await submit(store) == job_id, "the key still stands for its job"
+        assert (await submit(store, request)).id == job_id, "the key still stands for its job"
     async with opened(path) as store:  # also not over a restart
         await _expect_nothing_has_aged(store)
-        assert await submit(store) == job_id
+        assert (await submit(store, request)).id == job_id
     monkeypatch.setattr(clock, "_BOOT_ID", path.with_name("boot"))
     path.with_name("boot").write_text("another start of the machine")
     async with opened(path) as store:  # nor over one of the machine
         assert await store.retention.clean_some(3700) == 0
-        assert await submit(store) == job_id
+        assert (await submit(store, request)).id == job_id
 
 
 async def _expect_nothing_has_aged(store: Store) -> None:

@@ -19,7 +19,7 @@ from jobs import JobState
 from records import KnownAgent
 from storage import schema
 from storage.check import check
-from tests.storage.test_store import opened
+from tests.storage.steps import opened
 
 SCHEMAS = {path.stem: path for path in (Path(__file__).parent / "schemas").glob("*.sql")}
 

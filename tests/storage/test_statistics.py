@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from records import StatisticsPeriod, StatisticsPoint
-from tests.storage.test_store import make_job, opened, report, run_job, zipped
+from tests.storage.steps import make_job, opened, report, run_job, zipped
 
 pytestmark = pytest.mark.quick
 

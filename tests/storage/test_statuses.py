@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,12 @@ from storage import writer
 from storage.database import Database
 from storage.statuses import LatestStatuses
 from store import Store
-from tests.storage.test_store import TO_AGENT, begin, make_job, opened, run_job, zipped
+from tests.storage.steps import TO_AGENT, begin, make_job, opened, run_job, zipped
 from wire.messages import Finished
 
 pytestmark = pytest.mark.quick
 
 RESULT = zipped(b"zip")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "orchestrator.db"
-
-
-@pytest.fixture
-async def store(path: Path) -> AsyncIterator[Store]:
-    async with opened(path) as store:
-        await store.agents.record_connection("agent-1", "one")
-        yield store
 
 
 def stored(path: Path, job_id: int) -> JobStatus:

@@ -8,10 +8,8 @@ import hashlib
 import os
 import re
 import sqlite3
-import struct
 import threading
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ import pytest
 
 from jobs import Demand, JobState
 from records import (
-    Assignment,
     IllegalTransition,
     InputGone,
     JobFilter,
@@ -43,86 +40,24 @@ from storage.check import check
 from storage.database import Database, checkpoint
 from storage.tokens import read_agent_token
 from store import Store
+from tests.storage.steps import (
+    NO_LIMIT,
+    TO_AGENT,
+    begin,
+    eventually_no_chunks,
+    filled,
+    make_job,
+    opened,
+    report,
+    rows,
+    run_job,
+    zipped,
+)
 from wire.frames import CHUNK_BYTES, Stream
-from wire.messages import Finished
 
 pytestmark = pytest.mark.quick
 
-NO_LIMIT = 1_000_000
 QUEUED = "SELECT user_id, jobs FROM job_count WHERE state = 'Queued'"
-TO_AGENT = {Demand(): KnownAgent("agent-1", "one")}
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[Store]:
-    """A store that runs, as in the server."""
-    store = await Store.open(str(path))
-    running = asyncio.create_task(store.run())
-    try:
-        yield store
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        await store.close()
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "orchestrator.db"
-
-
-@pytest.fixture
-async def store(path: Path) -> AsyncIterator[Store]:
-    async with opened(path) as store:
-        await store.agents.record_connection("agent-1", "one")
-        yield store
-
-
-async def make_job(store: Store, content: bytes = b"echo", user_id: int = 1) -> JobIdentity:
-    upload = store.uploads.new()
-    upload.start_file("run.sh")
-    await upload.write(content)
-    await upload.finish_file()
-    request = JobRequest(user_id, "example")
-    return (await upload.commit(request, "uploaded", NO_LIMIT)).job
-
-
-async def begin(store: Store, job: JobIdentity) -> Assignment:
-    """Give a job, which must be the first of its line, to an agent."""
-    assignment = await store.attempts.begin_next(job.queue, TO_AGENT)
-    assert assignment is not None
-    assert assignment.job == job
-    return assignment
-
-
-async def run_job(store: Store, job: JobIdentity) -> int:
-    """Bring a job to Running; returns the attempt's id."""
-    assignment = await begin(store, job)
-    await store.attempts.advance(assignment.attempt_id, JobState.SUBMITTED, "test")
-    await store.attempts.advance(assignment.attempt_id, JobState.RUNNING, "test")
-    return assignment.attempt_id
-
-
-def zipped(content: bytes) -> bytes:
-    """Return the smallest archive that begins with ``content`` and has no members."""
-    return content + b"PK\5\6" + struct.pack("<4H2LH", 0, 0, 0, 0, 0, len(content), 0)
-
-
-def report(attempt_id: int, result: bytes, state: JobState = JobState.COMPLETED) -> Finished:
-    digest = hashlib.sha256(result).hexdigest()
-    return Finished(attempt_id, state, 0, "", len(result), digest)
-
-
-def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        return db.execute(sql).fetchall()
-
-
-async def eventually_no_chunks(path: Path) -> None:
-    deadline = time.monotonic() + 10
-    while rows(path, "SELECT count(*) FROM chunk") != [(0,)]:
-        assert time.monotonic() < deadline, rows(path, "SELECT id, state FROM blob")
-        await asyncio.sleep(0.01)
 
 
 async def test_a_sqlite_that_is_too_old_is_refused_before_anything_is_written(
@@ -478,10 +413,7 @@ async def test_a_nearly_full_disk_takes_no_bytes_but_finishes_and_erases(
     blocks = list(real[:10])
     blocks[4] = 100  # f_bavail
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(blocks))
-    upload = store.uploads.new()
-    upload.start_file("run.sh")
-    await upload.write(b"true")
-    await upload.finish_file()
+    upload = await filled(store, b"true")
     for refused in (
         upload.commit(JobRequest(1, "example"), "uploaded", NO_LIMIT),
         store.attempts.append_result(attempt_id, 0, [bytes(CHUNK_BYTES)]),
