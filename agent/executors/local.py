@@ -28,7 +28,7 @@ from agent.executors.records import (
 from agent.isolation.base import PREPARING_MODULE, Allotment, CannotIsolate, Enclosure, Place
 from agent.isolation.choice import Isolator
 from agent.job_environment import gpu_variables
-from agent.outcomes import Exit, ExitKind, JobLost
+from agent.outcomes import Exit, ExitKind, JobLost, LostByService
 from agent.resources import Allotments, Allotted, Machine
 from agent.settings import AgentRefused
 from agent.supervision.launcher import Launcher, LaunchRequest, LifeLine
@@ -213,7 +213,7 @@ class LocalExecution(Execution):
                 assign.isolation, self._place, command.argv, variables, allotment
             )
         except CannotIsolate as error:
-            raise JobLost(f"the job can't be isolated as its service asks: {error}") from None
+            raise LostByService(f"the job can't be isolated as its service asks: {error}") from None
 
     async def wait(self) -> Exit:
         """Wait until the job and all its processes are gone, and say how it ended.

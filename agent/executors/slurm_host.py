@@ -15,7 +15,7 @@ from agent.executors.slurm_watch import SlurmWatch
 from agent.isolation.base import Allotment, CannotIsolate, Place
 from agent.isolation.choice import Isolator
 from agent.job_environment import gpu_variables
-from agent.outcomes import JobLost
+from agent.outcomes import LostByService
 from agent.settings import AgentRefused
 from agent.workdir import unusable_refused
 
@@ -81,7 +81,7 @@ class SubmitHost:
                 Allotment(needs.cpus, needs.memory or None),
             )
         except CannotIsolate as error:
-            raise JobLost(f"the job can't be isolated as its service asks: {error}") from None
+            raise LostByService(f"the job can't be isolated as its service asks: {error}") from None
         return replace(
             command,
             argv=enclosure.argv,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
@@ -287,3 +288,32 @@ async def test_a_reload_that_asks_for_less_lets_the_job_go(tmp_path: Path) -> No
         os.kill(server.pid, 1)
         archive = await server.result(job)
         assert archive.read("stdout.log") == b"ran\n"
+
+
+async def test_what_is_no_longer_there_to_isolate_jobs_costs_its_service_alone(
+    tmp_path: Path,
+) -> None:
+    wrapper_program = tmp_path / "wrap"
+    wrapper_program.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper_program.chmod(0o755)
+    environment = {
+        "ALLOW_ROOT_JOBS": "true",
+        "SERVICE_WRAPPED_ISOLATION": "wrapper",
+        "SERVICE_WRAPPED_WRAPPER": str(wrapper_program),
+    }
+    async with running_server(tmp_path / "server", environment=environment) as server:
+        await server.result(await server.upload("true", service="wrapped"))
+        wrapper_program.unlink()
+        waiting = await server.upload("true", service="wrapped")
+        deadline = asyncio.get_running_loop().time() + 60
+        while True:
+            (agent,) = (await curl(f"{server.url}/agents")).json()["agents"]
+            if agent["services_set_aside"]:
+                break
+            assert asyncio.get_running_loop().time() < deadline, agent
+            await asyncio.sleep(0.1)
+        (aside,) = agent["services_set_aside"]
+        assert (aside["service"], agent["set_aside"]) == ("wrapped", None)
+        assert "can't be isolated as its service asks" in aside["reason"]
+        await server.result(await server.upload("true"))
+        assert (await server.status(waiting))["status"] in ("Queued", "Processing")
