@@ -356,7 +356,7 @@ async def test_a_request_announced_as_too_long_is_refused_before_its_body(empty:
     reader, writer = await asyncio.open_connection(host, int(port))
     head = _request_head(empty, LIMIT + 1)
     writer.write(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
-    line = await asyncio.wait_for(reader.readline(), 5)
+    line = await asyncio.wait_for(reader.readline(), 20)
     assert line.startswith(b"HTTP/1.1 413")
     writer.close()
 

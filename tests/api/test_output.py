@@ -262,13 +262,13 @@ async def test_a_watched_file_is_told_of_once_and_an_unwatched_one_in_a_second(
     file.touch()
     watch.arm(file, written)
     file.write_bytes(b"1")
-    await asyncio.wait_for(written.wait(), 5)
+    await asyncio.wait_for(written.wait(), 20)
     written.clear()
     watch.arm(file, written)
     watch.disarm(written)
     watch.arm(tmp_path / "none", written)
     began = time.monotonic()
-    await asyncio.wait_for(written.wait(), 5)
+    await asyncio.wait_for(written.wait(), 20)
     assert time.monotonic() - began > 0.5
     watch.close()
 
@@ -294,7 +294,7 @@ async def test_a_transfer_that_grows_leaves_out_its_gap_and_ends_where_its_sourc
     while not sent:
         await asyncio.sleep(0)
     outbox.extend(16, source, 2, 20, range(4, 7), done.set)
-    await asyncio.wait_for(done.wait(), 5)
+    await asyncio.wait_for(done.wait(), 20)
     assert sent == [b"01", b"23", b"789"]
     assert outbox.position(16) == 10
     outbox.acknowledge(16, 10)

@@ -206,7 +206,7 @@ async def test_a_reader_that_does_not_read_is_dropped(
             await asyncio.sleep(0)
             if not store.feed._of_all:
                 break
-        await eventually(lambda: not store.feed._of_all, "it is dropped", seconds=5)
+        await eventually(lambda: not store.feed._of_all, "it is dropped")
         writer.close()
 
 
