@@ -117,7 +117,7 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     """
     timeout = order["timeout"]
     deadline = None if timeout is None else time.monotonic() + timeout
-    starter = _Starter(order["argv"], {**_inherited, **order["variables"]})
+    starter = _Starter(order["argv"], {**_inherited, **order["variables"]}, agent)
     usage = Usage(order["memory"])
     group = ControlGroup(order["control_group"])
     _cores.keep_to(order["cores"])
@@ -125,7 +125,6 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
         job = starter.start(prepare, order["preparation"])
     if order["memory"] is not None:
         _cores.spread()  # who looks at the job must not have to wait for it
-    _tell(agent, _JOB_RUNS)
     record = _wait(job, deadline, usage) if job else {"kind": "exited", "code": _CANNOT_START}
     if record.get("code") and _is_told_to_end(order["settle"]):
         record = {"kind": _kind_when_told()}
@@ -209,7 +208,9 @@ class _Starter:
     end of its parent (prctl(2), PR_SET_PDEATHSIG) is told of the end of the thread.
     """
 
-    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, argv: list[str], environment: dict[str, str], agent: int) -> None:
+        """``agent`` is the socket on which the agent is told that the job runs."""
+        self._agent = agent
         self._argv = argv
         self._environment = environment
         self._error: BaseException | None = None
@@ -236,6 +237,7 @@ class _Starter:
                 self._spawn_prepared(prepare, preparation["own"])
         except OSError as error:
             os.write(self._streams[2], f"cannot start {self._argv[0]}: {error}\n".encode())
+            _tell(self._agent, _JOB_RUNS)  # it has ended already, as a program that fails at once
         finally:
             os.fchdir(own)  # not "..": the job may have moved its directory
             for descriptor in (own, *self._streams):
@@ -286,6 +288,9 @@ class _Starter:
             # Python ignores these, and an ignored signal stays ignored across exec
             setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
         )
+        # at once, by the thread that is here: the job may have the only core, and another thread
+        # of this process its turn when the job has ended
+        _tell(self._agent, _JOB_RUNS)
 
 
 def _wait(job: int, deadline: float | None, usage: Usage) -> dict[str, object]:
