@@ -180,15 +180,13 @@ class _Cores:
 
     def __init__(self) -> None:
         self._all = os.sched_getaffinity(0)
-        self._kept_to: set[int] = self._all
 
     def keep_to(self, cores: list[int] | None) -> None:
         """Run on these cores only, as far as they are there; on all of them if none are named."""
         wanted = self._all.intersection(cores or ()) or self._all
-        if wanted != self._kept_to:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if os.sched_getaffinity(0) != wanted:  # asked: a job may have changed it
                 os.sched_setaffinity(0, wanted)
-                self._kept_to = wanted
 
     def spread(self) -> None:
         """Run on all cores; what was started before stays where it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -67,6 +68,20 @@ async def test_a_job_is_told_what_it_has_and_bound_to_as_many_cores(
     )
     archive = await bare_server.result(job_id)
     assert archive.read("stdout.log") == b"\n1 1 [] 0\n1\n"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is but one core")
+async def test_a_job_can_not_have_the_next_one_run_elsewhere(
+    bare_server: Server, new_agent: NewAgent
+) -> None:
+    agent = new_agent("bound")
+    await agent.start("--slots", "1", "--isolation", "none")
+    free = 'python3 -c "import os; os.sched_setaffinity(os.getppid(), range(os.cpu_count()))"'
+    changed = await bare_server.result(await bare_server.upload(f"echo $PPID; exec {free}"))
+    following = await bare_server.result(await bare_server.upload("echo $PPID; nproc"))
+    same, cores = following.read("stdout.log").split()
+    assert same == changed.read("stdout.log").strip()
+    assert cores == b"1"
 
 
 @pytest.mark.parametrize("isolation", ["none", "auto"])
