@@ -64,7 +64,7 @@ async def test_a_job_is_told_what_it_has_and_bound_to_as_many_cores(
     await agent.start("--gpus", "0,2", "--memory", "8G", "--isolation", "none")
     job_id = await bare_server.upload(
         "echo $CUDA_VISIBLE_DEVICES; echo $OMP_NUM_THREADS $ORCHESTRATOR_CPUS"
-        ' "[$ORCHESTRATOR_MEMORY]" $ORCHESTRATOR_GPUS; nproc'
+        ' "[$ORCHESTRATOR_MEMORY]" $ORCHESTRATOR_GPUS; env -u OMP_NUM_THREADS nproc'
     )
     archive = await bare_server.result(job_id)
     assert archive.read("stdout.log") == b"\n1 1 [] 0\n1\n"
@@ -78,7 +78,9 @@ async def test_a_job_can_not_have_the_next_one_run_elsewhere(
     await agent.start("--slots", "1", "--isolation", "none")
     free = 'python3 -c "import os; os.sched_setaffinity(os.getppid(), range(os.cpu_count()))"'
     changed = await bare_server.result(await bare_server.upload(f"echo $PPID; exec {free}"))
-    following = await bare_server.result(await bare_server.upload("echo $PPID; nproc"))
+    following = await bare_server.result(
+        await bare_server.upload("echo $PPID; env -u OMP_NUM_THREADS nproc")
+    )
     same, cores = following.read("stdout.log").split()
     assert same == changed.read("stdout.log").strip()
     assert cores == b"1"
