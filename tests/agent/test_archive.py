@@ -94,23 +94,6 @@ async def test_offsets_past_four_gigabytes_and_more_than_65535_members_fit(tmp_p
     assert target.stat().st_blocks * 512 < 50 * _MIB
 
 
-class _Large:
-    """The state of a file of more bytes than fit into 32 bits."""
-
-    st_mode, st_mtime, st_size = 0o100644, 1e9, 2**32 + 2**20
-
-
-@pytest.mark.soak
-async def test_a_member_of_more_than_four_gigabytes_fits(tmp_path: Path) -> None:
-    piece = bytes(_MIB)
-    with archive.new_zip(tmp_path / "out.zip") as writer:
-        writer.add("large", _Large, (piece for _ in range(4097)))  # type: ignore[arg-type]
-        writer.add("small", os.stat(tmp_path), [b"x"])
-    with zipfile.ZipFile(tmp_path / "out.zip") as read:
-        assert read.getinfo("large").file_size == 4097 * _MIB
-    await assert_valid(tmp_path / "out.zip")
-
-
 async def test_a_deep_tree_and_many_files_grow_no_memory(tmp_path: Path) -> None:
     script = """if True:
     import os, resource, sys
