@@ -90,7 +90,7 @@ def decode_attempt(text: str) -> AttemptRecord:
         fields = _decode(text)
         _check_format(fields)
         boot, incarnation = str(fields.get("boot")), str(fields.get("incarnation"))
-        executor = str(fields.get("executor"))
+        executor = str(fields.get("executor", ""))
         files = [(name, size, sha256) for name, size, sha256 in _list(fields)]
     try:
         return AttemptRecord(_assign_of(fields, files), boot, incarnation, executor)

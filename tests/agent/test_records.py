@@ -61,6 +61,12 @@ def test_records_of_the_version_before_are_read() -> None:
     assert decode_report(OLD_REPORT) == REPORT
 
 
+def test_a_record_that_does_not_say_its_executor_is_any_executors() -> None:
+    fields = json.loads(encode_attempt(AttemptRecord(ASSIGN, "boot", "life", "local")))
+    del fields["executor"]
+    assert decode_attempt(json.dumps(fields)).executor == ""
+
+
 def test_a_record_that_was_not_written_to_its_end_is_told_from_one_of_another_format() -> None:
     text = encode_attempt(AttemptRecord(ASSIGN, "boot", "life", "local"))
     for length in range(len(text)):

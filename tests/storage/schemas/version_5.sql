@@ -222,6 +222,26 @@ CREATE TRIGGER job_is_counted_anew AFTER UPDATE OF state ON job
 CREATE INDEX job_demand ON job (service, user_id, needed_cpus, needed_memory,
                 needed_gpus, avoided, priority DESC, id)
             WHERE state = 'Queued';
+CREATE TRIGGER statistic_follows_history AFTER INSERT ON history
+            WHEN NEW.from_state IS NULL
+                OR NEW.to_state IN ('Running', 'Completed', 'Failed', 'Killed', 'Invalid')
+            BEGIN INSERT INTO statistic
+                SELECT 60, CAST(NEW.at AS INTEGER) / 60 * 60, service, NEW.from_state IS NULL,
+                    NEW.to_state = 'Completed', NEW.to_state = 'Failed',
+                    NEW.to_state = 'Killed', NEW.to_state = 'Invalid', NEW.to_state = 'Running',
+                    iif(NEW.to_state = 'Running', max(NEW.at - created_at, 0), 0),
+                    NEW.from_state IS 'Running' AND started_at IS NOT NULL,
+                    iif(NEW.from_state IS 'Running' AND started_at IS NOT NULL,
+                        max(NEW.at - started_at, 0), 0)
+                FROM job WHERE id = NEW.job_id
+                ON CONFLICT (step, time, service) DO UPDATE SET
+                    submitted = submitted + excluded.submitted,
+                    completed = completed + excluded.completed,
+                    failed = failed + excluded.failed, killed = killed + excluded.killed,
+                    invalid = invalid + excluded.invalid, waits = waits + excluded.waits,
+                    wait_seconds = wait_seconds + excluded.wait_seconds,
+                    runs = runs + excluded.runs, run_seconds = run_seconds + excluded.run_seconds;
+            END;
 DELETE FROM "sqlite_sequence";
 INSERT INTO "sqlite_sequence" VALUES('job',4);
 INSERT INTO "sqlite_sequence" VALUES('history',15);
