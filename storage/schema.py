@@ -278,6 +278,31 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             run_seconds REAL NOT NULL,
             PRIMARY KEY (step, time, service)
         ) WITHOUT ROWID""",
+        # the job has its new state and times already when its history is written
+        """CREATE TRIGGER statistic_follows_history AFTER INSERT ON history
+            WHEN NEW.from_state IS NULL
+                OR NEW.to_state IN ('Running', 'Completed', 'Failed', 'Killed', 'Invalid')
+            BEGIN INSERT INTO statistic
+                SELECT 60, CAST(NEW.at AS INTEGER) / 60 * 60, service, NEW.from_state IS NULL,
+                    NEW.to_state = 'Completed', NEW.to_state = 'Failed',
+                    NEW.to_state = 'Killed', NEW.to_state = 'Invalid', NEW.to_state = 'Running',
+                    iif(NEW.to_state = 'Running', max(NEW.at - created_at, 0), 0),
+                    NEW.from_state IS 'Running' AND started_at IS NOT NULL,
+                    iif(NEW.from_state IS 'Running' AND started_at IS NOT NULL,
+                        max(NEW.at - started_at, 0), 0)
+                FROM job WHERE id = NEW.job_id
+                ON CONFLICT (step, time, service) DO UPDATE SET
+                    submitted = submitted + excluded.submitted,
+                    completed = completed + excluded.completed,
+                    failed = failed + excluded.failed, killed = killed + excluded.killed,
+                    invalid = invalid + excluded.invalid, waits = waits + excluded.waits,
+                    wait_seconds = wait_seconds + excluded.wait_seconds,
+                    runs = runs + excluded.runs, run_seconds = run_seconds + excluded.run_seconds;
+            END""",
+    ),
+    (
+        # counted once a transaction instead, by statistics.py
+        "DROP TRIGGER statistic_follows_history",
     ),
 )
 

@@ -19,7 +19,7 @@ from jobs import JobState
 from records import KnownAgent
 from storage import schema
 from storage.check import check
-from tests.storage.steps import opened
+from tests.storage.steps import make_job, opened
 
 SCHEMAS = {path.stem: path for path in (Path(__file__).parent / "schemas").glob("*.sql")}
 
@@ -63,3 +63,15 @@ async def test_a_file_of_every_version_is_opened_whole(tmp_path: Path, name: str
         assert assignment.content in {b"some data\ntrue", b"truesome data\n"}
         assert await store.retention.clean_some(-1) == 2
     assert check(str(path), lambda done, total: None) == []
+
+
+async def test_what_a_trigger_of_version_5_counted_is_not_counted_twice(tmp_path: Path) -> None:
+    path = tmp_path / "orchestrator.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(SCHEMAS["version_5"].read_text())
+        submitted = "SELECT sum(submitted) FROM statistic"
+        ((before,),) = db.execute(submitted).fetchall()
+    async with opened(path) as store:
+        await make_job(store)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute(submitted).fetchall() == [(before + 1,)]
