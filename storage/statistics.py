@@ -8,7 +8,7 @@ than some 1,600 minutes and 800 hours of a service.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 from events import Transition
@@ -103,21 +103,15 @@ class _Counts:
             self.run_seconds += max(event.at - event.started_at, 0)
 
 
-_COLUMNS = """submitted, completed, failed, killed, invalid,
-    waits, wait_seconds, runs, run_seconds"""
-
-_MORE = """ON CONFLICT (step, time, service) DO UPDATE SET
-        submitted = submitted + excluded.submitted, completed = completed + excluded.completed,
-        failed = failed + excluded.failed, killed = killed + excluded.killed,
-        invalid = invalid + excluded.invalid, waits = waits + excluded.waits,
-        wait_seconds = wait_seconds + excluded.wait_seconds, runs = runs + excluded.runs,
-        run_seconds = run_seconds + excluded.run_seconds"""
+_NAMES = tuple(field.name for field in fields(_Counts))
+_COLUMNS = ", ".join(_NAMES)
+_SUMS = ", ".join(f"sum({name})" for name in _NAMES)
+_MORE = "ON CONFLICT (step, time, service) DO UPDATE SET " + ", ".join(
+    f"{name} = {name} + excluded.{name}" for name in _NAMES
+)
 
 _ADD = f"""INSERT INTO statistic (step, time, service, {_COLUMNS})
     VALUES ({_MINUTE}, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) {_MORE}"""
-
-_SUMS = """sum(submitted), sum(completed), sum(failed), sum(killed), sum(invalid),
-    sum(waits), sum(wait_seconds), sum(runs), sum(run_seconds)"""
 
 _POINTS = f"""SELECT time - time % :step AS point, {_SUMS} FROM statistic
     WHERE step IN (60, 3600) AND time >= :first AND time < :last + :step
