@@ -39,6 +39,7 @@ _CANNOT_START = 127  # the shell's exit code for a program that can't be run
 
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 _inherited = dict(os.environ)
+_all_cores = os.sched_getaffinity(0)
 
 
 class NotPrepared(Exception):
@@ -120,11 +121,11 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     starter = _Starter(order["argv"], {**_inherited, **order["variables"]}, agent)
     usage = Usage(order["memory"])
     group = ControlGroup(order["control_group"])
-    _cores.keep_to(order["cores"])
+    _keep_to(order["cores"])
     with group.entered():
         job = starter.start(prepare, order["preparation"])
     if order["memory"] is not None:
-        _cores.spread()  # who looks at the job must not have to wait for it
+        _keep_to(None)  # who looks at the job must not have to wait for it
     record = _wait(job, deadline, usage) if job else {"kind": "exited", "code": _CANNOT_START}
     if record.get("code") and _is_told_to_end(order["settle"]):
         record = {"kind": _kind_when_told()}
@@ -171,29 +172,16 @@ def _claim(identity: str) -> bool:
     return True
 
 
-class _Cores:
-    """The cores on which this process runs, and what it starts.
+def _keep_to(cores: list[int] | None) -> None:
+    """Run on these cores only, and what is started from now on; on all if none of them is there.
 
-    It stays on those of its last job: the next one often has the same, and to be moved from one
-    core to another takes longer than all else of a start.
+    This process stays on those of its last job: the next one often has the same, and to be moved
+    from one core to another takes longer than all else of a start.
     """
-
-    def __init__(self) -> None:
-        self._all = os.sched_getaffinity(0)
-
-    def keep_to(self, cores: list[int] | None) -> None:
-        """Run on these cores only, as far as they are there; on all of them if none are named."""
-        wanted = self._all.intersection(cores or ()) or self._all
-        with contextlib.suppress(OSError):
-            if os.sched_getaffinity(0) != wanted:  # asked: a job may have changed it
-                os.sched_setaffinity(0, wanted)
-
-    def spread(self) -> None:
-        """Run on all cores; what was started before stays where it is."""
-        self.keep_to(None)
-
-
-_cores = _Cores()
+    wanted = _all_cores.intersection(cores or ()) or _all_cores
+    with contextlib.suppress(OSError):
+        if os.sched_getaffinity(0) != wanted:  # asked: a job may have changed it
+            os.sched_setaffinity(0, wanted)
 
 
 class _Starter:
@@ -354,8 +342,6 @@ def _end_tree(grace: float, usage: Usage) -> None:
     """Leave no descendant alive: SIGTERM, the grace period, then SIGKILL until none is left."""
     deadline = time.monotonic() + grace
     terminated: set[int] = set()
-    if _has_children():
-        _cores.spread()  # they may be many, and busy
     while descendants := _descendants(usage):
         new = descendants - terminated
         _signal_all(new, signal.SIGTERM)
@@ -389,6 +375,7 @@ def _descendants(usage: Usage) -> set[int]:
     _reap(usage)
     if not _has_children():
         return set()
+    _keep_to(None)  # they may be many, and busy
     return processes.below()
 
 
