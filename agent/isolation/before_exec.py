@@ -16,6 +16,11 @@ from agent.isolation import ruleset, seccomp
 from agent.isolation.system_calls import forbid_new_privileges, give_up_root
 
 
+def lasting_steps(network: bool) -> dict[str, object]:
+    """Return the steps that a supervisor takes for good, for all jobs of this kind alike."""
+    return {"new_privileges": False, "filter": seccomp.is_supported(), "network": network}
+
+
 def prepare(steps: dict[str, Any]) -> None:
     """Take the steps that are named, in the order in which they must come.
 

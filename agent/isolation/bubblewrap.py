@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from agent.isolation import ruleset, seccomp
 from agent.isolation.base import Confinement, Enclosure
+from agent.isolation.before_exec import lasting_steps
 from agent.isolation.reach import OF_RUN, Reach, gpu_devices, is_within, real_paths
 
 _PROGRAM = "bwrap"
@@ -63,11 +64,7 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
         argv=tuple(argv),
         variables={**confinement.variables, "TMPDIR": "/tmp"},
         preparation={
-            "lasting": {
-                "new_privileges": False,
-                "filter": seccomp.is_supported(),
-                "network": True,
-            },
+            "lasting": lasting_steps(network=True),
             "own": {
                 "user": None if user is None else user.ids(),
                 "landlock": None,  # abstract sockets are of a network namespace, and that is shared

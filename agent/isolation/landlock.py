@@ -11,6 +11,7 @@ import os
 
 from agent.isolation import ruleset, seccomp
 from agent.isolation.base import Confinement, Enclosure
+from agent.isolation.before_exec import lasting_steps
 from agent.isolation.reach import (
     OF_RUN,
     SHARED_MEMORY,
@@ -72,11 +73,7 @@ def enclose(confinement: Confinement, reach: Reach) -> Enclosure:
         argv=confinement.argv,
         variables={**confinement.variables, "TMPDIR": str(place.temporary)},
         preparation={
-            "lasting": {
-                "new_privileges": False,
-                "filter": seccomp.is_supported(),
-                "network": isolation.network,
-            },
+            "lasting": lasting_steps(isolation.network),
             "own": {
                 "user": None if user is None else user.ids(),
                 "landlock": policy,
