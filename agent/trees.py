@@ -181,9 +181,10 @@ def _open_file(entry: Entry) -> IO[bytes]:
 def remove_tree(top: Path) -> None:
     """Remove a directory with all that a job may have left in it; no error if there is none."""
     with suppress(FileNotFoundError):
-        remove_contents(top)
-        while not _remove_empty(top):
+        while True:
             remove_contents(top)
+            if _remove_empty(top):
+                return
 
 
 def _remove_empty(directory: str | Path, within: int | None = None) -> bool:

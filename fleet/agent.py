@@ -22,11 +22,11 @@ class AgentStatus:
     ``services`` is None for all; ``busy`` is the number of slots in use, of ``slots``, which
     are 0 while it stops by itself. ``resources`` is all it has, ``used`` what its jobs have of
     it. ``heartbeat_age``: seconds since it was heard, None if not since the server started.
-    ``load``: the load average of its machine. ``problem``: what keeps it from starting any job
-    at all. ``lease_left``: seconds
-    until the jobs of an agent that is away go to others. ``set_aside``: why it gets no jobs but
-    one on trial now and then, since it lost the last ones; None if it is trusted.
-    ``services_set_aside`` are services of which alone that is so there, each with the reason.
+    ``load``: the load average of its machine. ``problem``: what keeps it from starting any job at
+    all. ``lease_left``: seconds until the jobs of an agent that is away go to others.
+    ``set_aside``: why it gets no jobs but one on trial now and then, since it lost the last ones;
+    None if it is trusted. ``services_set_aside`` are services of which alone that is so there,
+    each with the reason.
     """
 
     id: str
