@@ -73,16 +73,12 @@ def restrict(policy: dict[str, Any], without_network: bool) -> None:
     there is nothing to reach. Needs no_new_privs, or root. Raises :class:`OSError` if the kernel
     refuses.
     """
-    version = abi()
-    handled = (1 << _FS_RIGHTS.get(version, 16)) - 1
-    network = _BIND_TCP | _CONNECT_TCP if without_network and version >= NETWORK_ABI else 0
-    ruleset = _new_ruleset(handled, network, version)
+    ruleset = _standing.new_ruleset(policy["standing"], without_network)
+    handled = _handled(abi())
     try:
-        for descriptor, rights in _standing.of(policy["standing"]):
-            _allow(ruleset, descriptor, rights & handled)
         for name, rights in (("writable", _WRITING), ("logs", _LOG)):
             for descriptor, allowed in _opened(_present(policy[name]), rights):
-                _allow(ruleset, descriptor, allowed & handled)
+                _add(ruleset, _rule(descriptor, allowed & handled))
                 os.close(descriptor)
         _enforce(ruleset)
     finally:
@@ -98,18 +94,36 @@ class _Standing:
 
     def __init__(self) -> None:
         self._asked = ""
-        self._rules: list[tuple[int, int]] = []
+        self._opened: list[int] = []
+        self._rules: list[bytes] = []
         self._listed: dict[str, tuple[int, int, int]] = {}
         self._mounts: int | None = None
         self._poll = select.poll()
 
-    def of(self, asked: str) -> list[tuple[int, int]]:
-        """Return descriptors and the rights to what lies there."""
+    def new_ruleset(self, asked: str, without_network: bool) -> int:
+        """Return a ruleset that grants all this, to be added to and closed by the caller."""
+        rules = self.rules(asked)
+        version = abi()
+        network = _BIND_TCP | _CONNECT_TCP if without_network and version >= NETWORK_ABI else 0
+        ruleset = _new_ruleset(_handled(version), network, version)
+        try:
+            for rule in rules:
+                _add(ruleset, rule)
+        except BaseException:
+            os.close(ruleset)
+            raise
+        return ruleset
+
+    def rules(self, asked: str) -> list[bytes]:
+        """Return what lies there as rules for Landlock, which name open descriptors."""
         if self._has_changed() or asked != self._asked:
-            for descriptor, _ in self._rules:
+            for descriptor in self._opened:
                 os.close(descriptor)
-            self._asked, self._rules, self._listed = "", [], {}
-            self._rules = list(self._open(json.loads(asked)))
+            self._asked, self._opened, self._rules, self._listed = "", [], [], {}
+            handled = _handled(abi())
+            for descriptor, rights in self._open(json.loads(asked)):
+                self._opened.append(descriptor)
+                self._rules.append(_rule(descriptor, rights & handled))
             self._asked = asked
         return self._rules
 
@@ -231,6 +245,11 @@ def _parents(paths: Iterable[str]) -> set[str]:
     return found | {"/"}
 
 
+def _handled(version: int) -> int:
+    """Return the rights on files that a version of Landlock can take away."""
+    return (1 << _FS_RIGHTS.get(version, 16)) - 1
+
+
 def _new_ruleset(handled: int, network: int, version: int) -> int:
     scopes = _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS if version >= SCOPE_ABI else 0
     attributes = _RULESET.pack(handled, network, scopes)
@@ -251,8 +270,11 @@ def _opened(paths: Iterable[tuple[str, int]], rights: int) -> Iterator[tuple[int
         yield descriptor, rights if type_ == stat.S_IFDIR else rights & _FILE_RIGHTS
 
 
-def _allow(ruleset: int, descriptor: int, rights: int) -> None:
-    rule = _PATH_BENEATH.pack(rights, descriptor)
+def _rule(descriptor: int, rights: int) -> bytes:
+    return _PATH_BENEATH.pack(rights, descriptor)
+
+
+def _add(ruleset: int, rule: bytes) -> None:
     if landlock_add_rule(LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0) != 0:
         raise OSError(ctypes.get_errno(), "landlock_add_rule")
 

@@ -10,7 +10,6 @@ Linux only: a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) becomes the parent of
 orphan below it, so that a double fork or setsid() does not escape.
 """
 
-import _thread
 import contextlib
 import ctypes
 import json
@@ -24,13 +23,14 @@ from typing import Any
 
 from agent.supervision import processes
 from agent.supervision.control_group import ControlGroup
+from agent.supervision.starter import Starter
 from agent.supervision.usage import Usage
 
 WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 """The signals that a supervisor waits for; they are blocked before it is forked."""
 
 _PR_SET_CHILD_SUBREAPER = 36
-_JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # said to the agent
+_NOTHING_LEFT = b"0"  # said to the agent
 _STORM_PAUSE = 0.002
 _REQUEST_BYTES = 64 * 1024
 _RECORD_BYTES = 256  # of every record; white space after JSON is no part of it
@@ -42,10 +42,6 @@ _inherited = dict(os.environ)
 _all_cores = os.sched_getaffinity(0)
 
 
-class NotPrepared(Exception):
-    """The preparation of a job failed, so the job must not be started."""
-
-
 def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     """Run one job after the other, as the agent asks for them on a socket, until it is gone.
 
@@ -54,7 +50,7 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     ``grace`` period in seconds, how many bytes of ``memory`` it may use and on which ``cores``
     it runs (null: no limit), and its ``control_group`` (see :class:`ControlGroup`). If its
     ``preparation`` is not null, ``prepare`` is called with what is ``own`` there in the thread
-    that starts the program (see :class:`_Starter`), and before with what is ``lasting``, if
+    that starts the program (see :class:`Starter`), and before with what is ``lasting``, if
     anything, in this process: once and for good, as it costs more than what it takes away from a
     supervisor. All later jobs must have the same there.
 
@@ -68,7 +64,7 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
     if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     identity = f"{os.getpid()} {processes.start_time('self')}"
-    lasting: Any = None
+    starter = Starter(prepare, agent)
     while request := _next_request(agent):
         order = json.loads(request)
         try:
@@ -79,24 +75,13 @@ def serve(agent: int, prepare: Callable[[Any], None]) -> None:
                 # asked for before the claim, by an agent that did not yet see this process
                 _write_atomically("exit", {"kind": "killed"})
                 return
-            lasting = _made_lasting(lasting, order["preparation"], prepare)
-            _supervise(order, prepare, agent)
+            starter.take_lasting_steps(order["preparation"])
+            _supervise(order, starter)
         except BaseException:
             _log_failure(order["directory"])  # where the agent looks for it
             raise
         os.chdir("/")
         _tell(agent, _NOTHING_LEFT)
-
-
-def _made_lasting(before: Any, preparation: Any, prepare: Callable[[Any], None]) -> Any:
-    """Take the steps that are for good, if they were not taken before; returns them."""
-    wanted = None if preparation is None else preparation.get("lasting")
-    if wanted == before:
-        return before
-    if before is not None:
-        raise NotPrepared("an earlier job had other steps that are for good")
-    prepare(wanted)
-    return wanted
 
 
 def _next_request(agent: int) -> bytes:
@@ -110,7 +95,7 @@ def _next_request(agent: int) -> bytes:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
-def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int) -> None:
+def _supervise(order: dict[str, Any], starter: Starter) -> None:
     """Run the job of this directory to its end.
 
     Nothing is synced. The records are for a successor of the agent; after a restart of the
@@ -118,12 +103,11 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
     """
     timeout = order["timeout"]
     deadline = None if timeout is None else time.monotonic() + timeout
-    starter = _Starter(order["argv"], {**_inherited, **order["variables"]}, agent)
     usage = Usage(order["memory"])
     group = ControlGroup(order["control_group"])
     _keep_to(order["cores"])
     with group.entered():
-        job = starter.start(prepare, order["preparation"])
+        job = starter.start(order, {**_inherited, **order["variables"]})
     if order["memory"] is not None:
         _keep_to(None)  # who looks at the job must not have to wait for it
     record = _wait(job, deadline, usage) if job else {"kind": "exited", "code": _CANNOT_START}
@@ -137,7 +121,7 @@ def _supervise(order: dict[str, Any], prepare: Callable[[Any], None], agent: int
         # before the rest of the tree is ended: a crash from here on must not repeat the job
         _write_atomically("exit", record)
     _end_tree(order["grace"], usage)
-    starter.close()
+    starter.end_thread()
     group.remove()
     if "usage" not in record:
         with contextlib.suppress(OSError):  # a full disk must not cost the end record
@@ -182,101 +166,6 @@ def _keep_to(cores: list[int] | None) -> None:
     with contextlib.suppress(OSError):
         if os.sched_getaffinity(0) != wanted:  # asked: a job may have changed it
             os.sched_setaffinity(0, wanted)
-
-
-class _Starter:
-    """Starts the program of a job in its directory.
-
-    What a job gives up before its program runs (its user, what it may reach, which cores) is
-    given up by a thread, and what that thread starts has it not. The process, with its other
-    thread, keeps what it needs to end the job. That takes a fraction of the time of fork(2)
-    from Python. The thread stays until the job has ended, for whoever asks to be told of the
-    end of its parent (prctl(2), PR_SET_PDEATHSIG) is told of the end of the thread.
-    """
-
-    def __init__(self, argv: list[str], environment: dict[str, str], agent: int) -> None:
-        """``agent`` is the socket on which the agent is told that the job runs."""
-        self._agent = agent
-        self._argv = argv
-        self._environment = environment
-        self._error: BaseException | None = None
-        self._job: int | None = None
-        self._streams: list[int] = []
-        self._has_started = _thread.allocate_lock()
-        self._may_end = _thread.allocate_lock()
-
-    def start(self, prepare: Callable[[Any], None], preparation: Any) -> int | None:
-        """Return the process id of the job, None if there is no such program.
-
-        Raises :class:`NotPrepared` if the preparation failed.
-        """
-        own = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-        # opened here: the thread may no longer reach them
-        output = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        self._streams = [os.open(os.devnull, os.O_RDONLY)]
-        self._streams += [os.open(name, output, 0o644) for name in ("stdout.log", "stderr.log")]
-        try:
-            os.chdir("job")
-            if preparation is None:
-                self._spawn()
-            else:
-                self._spawn_prepared(prepare, preparation["own"])
-        except OSError as error:
-            os.write(self._streams[2], f"cannot start {self._argv[0]}: {error}\n".encode())
-            _tell(self._agent, _JOB_RUNS)  # it has ended already, as a program that fails at once
-        finally:
-            os.fchdir(own)  # not "..": the job may have moved its directory
-            for descriptor in (own, *self._streams):
-                os.close(descriptor)
-        return self._job
-
-    def close(self) -> None:
-        """Let the thread end."""
-        if self._may_end.locked():
-            self._may_end.release()
-
-    def _spawn_prepared(self, prepare: Callable[[Any], None], preparation: Any) -> None:
-        self._has_started.acquire()
-        self._may_end.acquire()
-        _thread.start_new_thread(self._run_thread, (prepare, preparation))
-        self._has_started.acquire()
-        if self._error is not None:
-            self.close()
-            raise self._error
-
-    def _run_thread(self, prepare: Callable[[Any], None], preparation: Any) -> None:
-        try:
-            try:
-                prepare(preparation)
-            except BaseException as error:
-                raise NotPrepared(f"{type(error).__name__}: {error}") from error
-            self._spawn()
-        except BaseException as error:
-            self._error = error
-            raise  # to nowhere: the error output of a supervisor is /dev/null
-        finally:
-            self._has_started.release()
-        self._may_end.acquire()
-
-    def _spawn(self) -> None:
-        # posix_spawn(3) copies no page tables, as fork(2) would
-        self._job = os.posix_spawnp(
-            self._argv[0],
-            self._argv,
-            self._environment,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, descriptor, number)
-                for number, descriptor in enumerate(self._streams)
-            ],
-            # a session of its own: "kill 0" in the script must not reach the supervisor
-            setsid=True,
-            setsigmask=(),
-            # Python ignores these, and an ignored signal stays ignored across exec
-            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
-        )
-        # at once, by the thread that is here: the job may have the only core, and another thread
-        # of this process its turn when the job has ended
-        _tell(self._agent, _JOB_RUNS)
 
 
 def _wait(job: int, deadline: float | None, usage: Usage) -> dict[str, object]:
