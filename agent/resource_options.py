@@ -31,7 +31,8 @@ def add_resource_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-affinity",
         action="store_true",
-        help="let jobs run on all cores, not only on as many as they have",
+        help="let jobs run on all cores, not only on as many as they have (as it is where --cpus or"
+        " --slots is more than the machine's cores)",
     )
 
 
@@ -65,5 +66,7 @@ def machine_of(options: argparse.Namespace) -> Machine:
     cpus = given.get("cpus") or max(detected_cpus(), options.slots or 1)
     memory = given["memory"] if "memory" in given else detected_memory()
     gpus = given["gpus"] if "gpus" in given else detected_gpus(os.environ)
-    affinity = () if options.no_affinity else tuple(sorted(os.sched_getaffinity(0)))
-    return Machine(cpus, memory, gpus, affinity)
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    # more is promised than there is: bound jobs would share one core while another has nothing
+    is_bound = not options.no_affinity and cpus <= len(cores)
+    return Machine(cpus, memory, gpus, cores if is_bound else ())

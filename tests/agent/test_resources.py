@@ -71,6 +71,18 @@ async def test_a_job_is_told_what_it_has_and_bound_to_as_many_cores(
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is but one core")
+async def test_jobs_share_all_cores_where_more_is_promised_than_there_is(
+    bare_server: Server, new_agent: NewAgent
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    agent = new_agent("generous")
+    await agent.start("--slots", str(cores + 1), "--isolation", "none")
+    job_id = await bare_server.upload("echo $ORCHESTRATOR_CPUS; env -u OMP_NUM_THREADS nproc")
+    archive = await bare_server.result(job_id)
+    assert archive.read("stdout.log").split() == [b"1", str(cores).encode()]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is but one core")
 async def test_a_job_can_not_have_the_next_one_run_elsewhere(
     bare_server: Server, new_agent: NewAgent
 ) -> None:
