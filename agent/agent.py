@@ -97,7 +97,7 @@ class Agent:
         self._demand_same_executor(found.attempts)
         # first those that are not held for long: an id may have been given out twice
         for directory in sorted(found.attempts, key=lambda found: not found.is_dropped()):
-            execution = self._executor.execution(directory)
+            execution = self._executor.adopt(directory)
             attempt = self._hold(directory, execution, phase_of(directory, execution))
             if directory.is_dropped():
                 self._drop(attempt.id, "the server did not want it")

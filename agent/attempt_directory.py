@@ -119,13 +119,17 @@ class AttemptDirectory:
         directory.is_of_this_boot = record.boot == _boot_id()
         return directory
 
+    def exists(self) -> bool:
+        """Whether there is a directory, or something in its way."""
+        return os.path.lexists(self.path)
+
     def has_input(self) -> bool:
         """Whether the whole input is there and was checked; not asked of a job that was started."""
-        return os.path.lexists(self.path / "exit.new")
+        return os.path.lexists(f"{self.path}/exit.new")
 
     def has_result(self) -> bool:
         """Whether the result was made and lies on the disk."""
-        return os.path.lexists(self.path / "finished.json")
+        return os.path.lexists(f"{self.path}/finished.json")
 
     def mark_to_be_killed(self) -> None:
         """Have the job end, or never start, by whoever sees this mark."""
@@ -133,7 +137,7 @@ class AttemptDirectory:
 
     def is_to_be_killed(self) -> bool:
         """Whether the job is to end, perhaps by the wish of an earlier process of the agent."""
-        return os.path.lexists(self.path / "kill")
+        return os.path.lexists(f"{self.path}/kill")
 
     def mark_dropped(self) -> None:
         """Note that the server does not want the attempt: no later process is to report it."""
@@ -141,7 +145,7 @@ class AttemptDirectory:
 
     def is_dropped(self) -> bool:
         """Whether the server said that it does not want the attempt."""
-        return os.path.lexists(self.path / "dropped")
+        return os.path.lexists(f"{self.path}/dropped")
 
     def logs(self) -> tuple[CapturedLog, ...]:
         """Return the job's captured output, as far as it is."""

@@ -81,7 +81,7 @@ class CapturedLog:
     def status(self) -> os.stat_result | None:
         """Return the state of the file, None if there is none, or no file of that name."""
         with suppress(OSError):
-            status = self.path.lstat()
+            status = os.lstat(self.path)
             return status if stat.S_ISREG(status.st_mode) else None
         return None
 

@@ -121,7 +121,7 @@ class Result:
 
     def _excess(self, contents: Contents) -> str | None:
         """Say why the job's files can't be in the result, if they can't."""
-        if (self._path / _GIVEN_UP).exists():
+        if os.path.lexists(f"{self._path}/{_GIVEN_UP}"):
             return _NO_ROOM  # found out before, perhaps before a crash
         return excess_of(contents, self._directory.assign.output)
 

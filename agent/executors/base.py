@@ -140,7 +140,11 @@ class Executor(ABC):
 
     @abstractmethod
     def execution(self, directory: AttemptDirectory) -> Execution:
-        """Return the execution of an attempt, new or left by an earlier process."""
+        """Return the execution of a new attempt."""
+
+    def adopt(self, directory: AttemptDirectory) -> Execution:
+        """Return the execution of an attempt that an earlier process has left."""
+        return self.execution(directory)
 
     @abstractmethod
     async def end_abandoned(self, attempt: Path) -> None:

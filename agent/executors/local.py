@@ -97,12 +97,16 @@ class LocalExecutor(Executor):
 
     def execution(self, directory: AttemptDirectory) -> Execution:
         """Return the execution of an attempt on this machine."""
-        self._isolator.adopt(Place(directory.path))
-        if not directory.has_result():
-            self._allotments.adopt(directory.path)
         return LocalExecution(
             directory, self._launcher, self._isolator, self._allotments, self._delegated
         )
+
+    def adopt(self, directory: AttemptDirectory) -> Execution:
+        """Return the execution of an attempt that has what it had in an earlier process."""
+        self._isolator.adopt(Place(directory.path))
+        if not directory.has_result():
+            self._allotments.adopt(directory.path)
+        return self.execution(directory)
 
     async def end_abandoned(self, attempt: Path) -> None:
         """End what runs in the directory of an attempt of which nothing else is known."""
@@ -259,9 +263,11 @@ class LocalExecution(Execution):
 
     async def _ended_by(self, last_moment: float | None, kind: ExitKind) -> Exit:
         """Wait for the end; a supervisor that lets the last moment pass is ended by force."""
+        if last_moment is None:
+            return await self._end()
         ending = asyncio.ensure_future(self._end())
         try:
-            while last_moment is not None and not ending.done():
+            while not ending.done():
                 left = last_moment + _STOPPED_SECONDS - time.monotonic()
                 await asyncio.wait([ending], timeout=max(_LOOK_SECONDS, left))
                 is_over = time.monotonic() > last_moment + _PATIENCE_SECONDS

@@ -36,7 +36,7 @@ class ProcessTree:
 
     def is_claimed(self) -> bool:
         """Whether a supervisor has taken the directory."""
-        return os.path.lexists(self._attempt / "process")
+        return os.path.lexists(f"{self._attempt}/process")
 
     def claimed_at(self) -> float | None:
         """Return when, by CLOCK_MONOTONIC; None if the supervisor's version did not say so."""
