@@ -59,6 +59,21 @@ FINAL_STATES = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.INVALID,
 """States that end a job; only retention (to Cleaned) follows."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A state that a job comes to, why, and when (Unix time)."""
+
+    state: JobState
+    reason: str
+    at: float
+
+
+def steps_beyond(state: JobState, steps: Iterable[Step]) -> list[Step]:
+    """Return those of some steps to active states that a job in this one has not passed."""
+    order = ACTIVE_STATES.index
+    return [step for step in steps if order(step.state) > order(state)]
+
+
 def has_ended(state: JobState) -> bool:
     """Say whether no attempt of a job in this state is or will be under way."""
     return state is not JobState.QUEUED and state not in ACTIVE_STATES

@@ -183,7 +183,7 @@ class Attempt:
         """Kill what runs of it and remove it."""
         await asyncio.wait([before])
         try:
-            if self.directory.path.exists():
+            if self.directory.exists():
                 await self.execution.kill()
         except (OSError, JobLost) as error:
             self._log_failure("kill_failed", error)
@@ -245,7 +245,7 @@ class Attempt:
         await directory.accept_input()
 
     async def _make_directory(self) -> None:
-        if not self.directory.path.exists():
+        if not self.directory.exists():
             await self.directory.create()
 
     def _command(self) -> Command:
@@ -273,9 +273,11 @@ class Attempt:
         self._log(phase)
         match phase:
             case AttemptPhase.ACCEPTED:
-                self._channel.put(messages.Accepted(self.id))
+                # most jobs are started at once, and some have ended a moment later: the server
+                # then stores all of it at once
+                self._channel.put_along(messages.Accepted(self.id))
             case AttemptPhase.RUNNING:
-                self._channel.put(messages.Started(self.id))
+                self._channel.put_along(messages.Started(self.id))
             case AttemptPhase.FINISHED:
                 self._follower.send_rest(lambda: self._report_result(0))
 

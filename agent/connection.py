@@ -65,6 +65,11 @@ class Channel:
         if self.outbox is not None:
             self.outbox.put(message)
 
+    def put_along(self, message: messages.Message) -> None:
+        """Say it with what is said next, or a moment later; as :meth:`put` in all else."""
+        if self.outbox is not None:
+            self.outbox.put_along(message)
+
 
 class Connection:
     """One connection, from the greeting to its end."""

@@ -6,10 +6,11 @@ import asyncio
 import hashlib
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jobs
 from config import MAX_UPLOAD_BYTES
@@ -39,6 +40,10 @@ _MEMBER_BYTES = 10_000  # of an archive for each file, its content aside: its lo
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+_Delivery: TypeAlias = messages.Finished | messages.Lost | messages.Rejected | Frame
+"""What is carried out one by one; frames are those of a result."""
+
+
 @dataclass(slots=True)
 class _Result:
     """A result that arrives: what was announced, and how far it is safe."""
@@ -61,8 +66,9 @@ class Intake:
         self._agent = agent
         self._attempt = attempt
         self._outbox = outbox
-        self._waiting: asyncio.Queue[messages.AttemptReport | Frame | None] = asyncio.Queue()
+        self._waiting: asyncio.Queue[jobs.Step | _Delivery | None] = asyncio.Queue()
         self._waiting_bytes: Counter[int] = Counter()  # by transfer
+        self._steps: list[jobs.Step] = []
         self._output: list[Frame] = []
         self._result: _Result | None = None
 
@@ -73,7 +79,18 @@ class Intake:
             if waiting > WINDOW_BYTES + CHUNK_BYTES:
                 raise ProtocolError(f"attempt {self._attempt.id}: sent more than the window allows")
             self._waiting_bytes[item.transfer] = waiting
-        self._waiting.put_nowait(item)
+        self._waiting.put_nowait(self._taken_in(item))
+
+    def _taken_in(self, item: messages.AttemptReport | Frame) -> jobs.Step | _Delivery:
+        """Make a step of what is one: it has the time at which it came."""
+        match item:
+            case messages.Accepted():
+                self._outbox.close(transfer_id(self._attempt.id, Stream.INPUT))
+                return jobs.Step(jobs.JobState.SUBMITTED, "input received", time.time())
+            case messages.Started():
+                return jobs.Step(jobs.JobState.RUNNING, "process started", time.time())
+            case _:
+                return item
 
     def close(self) -> None:
         """Nothing more will come."""
@@ -90,33 +107,36 @@ class Intake:
         finally:
             self._outbox.close(transfer_id(self._attempt.id, Stream.INPUT))
 
-    async def _next_report(self) -> messages.AttemptReport | Frame | None:
-        """Return what comes next that is not output; that is stored when nothing else waits.
+    async def _next_report(self) -> _Delivery | None:
+        """Return what comes next but steps and output; these are stored when nothing else waits.
 
-        What is left of the output came just before: it is to be stored with what is returned.
+        What is left of them came just before a result: it is to be stored with that.
         """
         while True:
-            if self._output and self._waiting.empty():
-                await self._store_output()
-            item = await self._waiting.get()
-            if isinstance(item, Frame) and _is_output(item):
-                self._output.append(item)
-                continue
-            if item is None and self._output:
-                await self._store_output()
-            return item
+            if self._waiting.empty():
+                await self._store_noted()
+            match item := await self._waiting.get():
+                case jobs.Step():
+                    self._steps.append(item)
+                case Frame() if _is_output(item):
+                    self._output.append(item)
+                case Frame() | messages.Finished():
+                    return item
+                case _:
+                    await self._store_noted()
+                    return item
 
-    async def _carry_out(self, item: messages.AttemptReport | Frame | None) -> bool:
+    async def _store_noted(self) -> None:
+        if self._steps:
+            await self._advance()
+        if self._output:
+            await self._store_output()
+
+    async def _carry_out(self, item: _Delivery | None) -> bool:
         """Do what a report demands; returns whether more of the attempt is to come."""
         match item:
             case None:
                 return False
-            case messages.Accepted():
-                self._outbox.close(transfer_id(self._attempt.id, Stream.INPUT))
-                await self._advance(jobs.JobState.SUBMITTED, "input received")
-            case messages.Started():
-                await self._advance(jobs.JobState.RUNNING, "process started")
-                self._roster.began(self._agent, self._attempt)
             case messages.Finished():
                 report = replace(item, message=item.message[:_MAX_MESSAGE_LENGTH])
                 self._result = result = await self._begin_result(report)
@@ -145,13 +165,21 @@ class Intake:
         self._drop("rejected")
         self._end(jobs.JobState.INVALID)
 
-    async def _advance(self, state: jobs.JobState, reason: str) -> None:
-        attempt = self._attempt
-        if jobs.ACTIVE_STATES.index(attempt.state) >= jobs.ACTIVE_STATES.index(state):
-            return  # repeated after a reconnect
-        await until_stored(lambda: self._store.attempts.advance(attempt.id, state, reason))
-        attempt.state = state
-        self._log("state", state)
+    async def _advance(self) -> None:
+        """Store the steps; what was repeated after a reconnect does nothing."""
+        steps = jobs.steps_beyond(self._attempt.state, self._steps)
+        if steps:
+            await until_stored(lambda: self._store.attempts.advance(self._attempt.id, steps))
+        self._pass(steps)
+
+    def _pass(self, steps: Sequence[jobs.Step]) -> None:
+        """The steps are stored, and all that were noted are done with."""
+        for step in steps:
+            self._attempt.state = step.state
+            self._log("state", step.state)
+        self._steps.clear()
+        if self._attempt.state is jobs.JobState.RUNNING:
+            self._roster.began(self._agent, self._attempt)
 
     def _end(self, state: jobs.JobState) -> None:
         self._roster.forget(self._agent, self._attempt)
@@ -241,6 +269,7 @@ class Intake:
             )
         transfer = transfer_id(self._attempt.id, Stream.RESULT)
         self._outbox.put(messages.Acknowledge(transfer, result.offset))
+        await self._store_noted()
         return False
 
     def _frames_at_hand(self, result: _Result, first: Frame) -> list[bytes]:
@@ -270,15 +299,17 @@ class Intake:
             await self._give_back(Loss.REPORTED, reason, "damaged")
             return
         new = self._new_output()
+        steps = jobs.steps_beyond(self._attempt.state, self._steps)
         finish, agent_id = self._store.attempts.finish, self._agent.id
         try:
-            await until_stored(lambda: finish(agent_id, report, start, tail, new))
+            await until_stored(lambda: finish(agent_id, report, start, tail, new, steps))
         except ResultMismatch:
             # as above: the next attempt may have a better one
             reason = f"agent {self._agent.name} sent no whole archive"
             await self._give_back(Loss.REPORTED, reason, "damaged")
             return
         self._outbox.put(messages.Stored(self._attempt.id))
+        self._pass(steps)
         self._roster.delivered(self._agent, self._attempt)
         self._end(report.state)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from jobs import ACTIVE_STATES, FINAL_STATES, Demand, FileSpec, JobState, Usage
+from jobs import ACTIVE_STATES, FINAL_STATES, Demand, FileSpec, JobState, Step, Usage, steps_beyond
 from records import (
     NO_OUTPUT,
     ActiveJob,
@@ -26,7 +27,6 @@ from records import (
 from storage.blobs import (
     SMALL_BYTES,
     Blobs,
-    demand_whole_archive,
     drop_partial_result,
     has_result,
     insert_chunks,
@@ -39,10 +39,12 @@ from storage.database import Database
 from storage.file import DatabaseFile
 from storage.output import add_output, doom_output, drop_live_output
 from storage.transitions import (
+    JobRow,
     active_job_of_attempt,
     demand_of,
     first_of_queue,
     job_of_attempt,
+    pass_through,
     receiving_job_of_attempt,
     transition,
 )
@@ -113,16 +115,16 @@ class Attempts:
         """Return the input of an attempt's job, in upload order."""
         return await self._file.read(lambda db: files_of(db, attempt_id))
 
-    async def advance(self, attempt_id: int, target: JobState, reason: str) -> None:
-        """Move a job on to an active state; does nothing if it is there or further already.
+    async def advance(self, attempt_id: int, steps: Sequence[Step]) -> None:
+        """Move a job on; a step to where it is, or behind that, does nothing.
 
         Raises :class:`Superseded` if the attempt no longer counts.
         """
 
         def operation(db: Database) -> None:
             job = active_job_of_attempt(db, attempt_id)
-            if ACTIVE_STATES.index(job.state) < ACTIVE_STATES.index(target):
-                transition(db, job, target, reason)
+            if new := steps_beyond(job.state, steps):
+                pass_through(db, job, new)
 
         await self._file.write(operation)
 
@@ -144,7 +146,9 @@ class Attempts:
 
         def operation(db: Database) -> None:
             receiving_job_of_attempt(db, attempt_id)
-            self._append(db, attempt_id, offset, chunks)
+            blob_id, stored = self._append(db, attempt_id, offset, chunks)
+            db.execute("UPDATE blob SET size = ? WHERE id = ?", (stored, blob_id))
+            db.execute("UPDATE attempt SET result_blob = ? WHERE id = ?", (blob_id, attempt_id))
 
         size = sum(map(len, chunks))
         await self._file.write_bytes(operation, size)
@@ -167,14 +171,16 @@ class Attempts:
         offset: int,
         tail: Sequence[bytes],
         output: NewOutput = NO_OUTPUT,
+        steps: Sequence[Step] = (),
     ) -> None:
-        """End a job with its result, whole, and the last of its output in one transaction.
+        """End a job with its result, whole, and what came just before, in one transaction.
 
-        ``tail`` are the last chunks, from ``offset`` on. A job that was killed while its agent
-        was away stays so, and gets the result as what it left. A repeated call for a job that
-        this very attempt has ended does nothing. Raises :class:`Superseded` if the attempt no
-        longer counts or is another agent's, :class:`ResultMismatch` if the report does not end a
-        job, the lengths don't add up, or the bytes are no whole archive.
+        ``tail`` are the last chunks, from ``offset`` on; ``output`` and ``steps`` are what was
+        not stored yet. A job that was killed while its agent was away stays so, and gets the
+        result as what it left. A repeated call for a job that this very attempt has ended does
+        nothing. Raises :class:`Superseded` if the attempt no longer counts or is another agent's,
+        :class:`ResultMismatch` if the report does not end a job, the lengths don't add up, or the
+        bytes are no whole archive.
         """
         size = sum(map(len, tail))
 
@@ -188,24 +194,31 @@ class Attempts:
                 raise ResultMismatch(f"attempt {report.attempt_id}: {report.state} is no end")
             add_output(db, job, report.attempt_id, output)
             drop_live_output(db, report.attempt_id)
-            self._append(db, report.attempt_id, offset, tail)
-            demand_whole_archive(db, report.attempt_id)
-            seal_result(db, report)
-            usage = report.usage or Usage(None, None, None)
-            db.execute(
-                "UPDATE attempt SET exit_code = ?, cpu_seconds = ?, peak_memory = ?,"
-                " wall_seconds = ? WHERE id = ?",
-                (
-                    *(report.exit_code, usage.cpu_seconds, usage.peak_memory, usage.wall_seconds),
-                    report.attempt_id,
-                ),
-            )
+            self._end_result(db, job, report, offset, tail)
             if not is_killed:
-                reason = report.message or "finished"
-                transition(db, job, report.state, reason, report.message, report.usage)
+                end = Step(report.state, report.message or "finished", time.time())
+                way = [*steps_beyond(job.state, steps), end]
+                pass_through(db, job, way, report.message, report.usage)
 
         await self._file.write_bytes(operation, size + output.size)
         self.result_bytes.add(size)
+
+    def _end_result(
+        self, db: Database, job: JobRow, report: Finished, offset: int, tail: Sequence[bytes]
+    ) -> None:
+        """Store the end of a result and what is reported along with it."""
+        blob_id, size = self._append(db, report.attempt_id, offset, tail)
+        seal_result(db, blob_id, size, report)
+        usage = report.usage or Usage(None, None, None)
+        db.execute(
+            "UPDATE attempt SET result_blob = ?, exit_code = ?, cpu_seconds = ?, peak_memory = ?,"
+            " wall_seconds = ? WHERE id = ?",
+            (
+                *(blob_id, report.exit_code),
+                *(usage.cpu_seconds, usage.peak_memory, usage.wall_seconds),
+                report.attempt_id,
+            ),
+        )
 
     async def requeue(
         self, attempt_id: int, loss: Loss, reason: str, max_attempts: int
@@ -307,8 +320,10 @@ class Attempts:
                 offset += len(data)
         return digest
 
-    def _append(self, db: Database, attempt_id: int, offset: int, chunks: Sequence[bytes]) -> None:
-        """Add chunks to an attempt's result."""
+    def _append(
+        self, db: Database, attempt_id: int, offset: int, chunks: Sequence[bytes]
+    ) -> tuple[int, int]:
+        """Add chunks to an attempt's result; returns its id and how many bytes that has now."""
         row = db.execute(
             "SELECT blob.id, blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
             " WHERE attempt.id = ?",
@@ -317,13 +332,11 @@ class Attempts:
         if row is None:
             row = (self._blobs.next_id(), 0)
             open_blob(db, row[0])
-            db.execute("UPDATE attempt SET result_blob = ? WHERE id = ?", (row[0], attempt_id))
         blob_id, size = row
         if offset != size:
             raise ResultMismatch(f"attempt {attempt_id}: bytes at {offset}, {size} stored")
         insert_chunks(db, blob_id, offset // CHUNK_BYTES, chunks)
-        size += sum(map(len, chunks))
-        db.execute("UPDATE blob SET size = ? WHERE id = ?", (size, blob_id))
+        return blob_id, size + sum(map(len, chunks))
 
 
 def _active_job(row: Sequence[Any]) -> ActiveJob:

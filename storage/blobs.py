@@ -233,27 +233,20 @@ def drop_partial_result(db: Database, attempt_id: int) -> None:
     db.execute("UPDATE attempt SET result_blob = NULL WHERE id = ?", (attempt_id,))
 
 
-def demand_whole_archive(db: Database, attempt_id: int) -> None:
-    """Raise :class:`ResultMismatch` if an attempt's result does not end as a whole ZIP does."""
-    blob_id, size = db.execute(
-        "SELECT blob.id, blob.size FROM attempt JOIN blob ON blob.id = attempt.result_blob"
-        " WHERE attempt.id = ?",
-        (attempt_id,),
-    ).fetchone()
+def seal_result(db: Database, blob_id: int, size: int, report: Finished) -> None:
+    """End the result of ``size`` bytes that an attempt reports.
+
+    Raises :class:`ResultMismatch` if it has another length or does not end as a whole ZIP does.
+    """
+    if size != report.result_size:
+        raise ResultMismatch(f"attempt {report.attempt_id}: not {report.result_size} bytes")
     length = min(size, ENDING_BYTES)
     if not has_whole_ending(b"".join(read_blob(db, blob_id, size - length, length)), size):
-        raise ResultMismatch(f"attempt {attempt_id}: the result is no whole archive")
-
-
-def seal_result(db: Database, report: Finished) -> None:
-    """End an attempt's result; raises :class:`ResultMismatch` if it has another length."""
-    sealed = db.execute(
-        "UPDATE blob SET state = 'sealed', sha256 = ?"
-        " WHERE id = (SELECT result_blob FROM attempt WHERE id = ?) AND size = ?",
-        (report.result_sha256, report.attempt_id, report.result_size),
-    ).rowcount
-    if sealed != 1:
-        raise ResultMismatch(f"attempt {report.attempt_id}: not {report.result_size} bytes")
+        raise ResultMismatch(f"attempt {report.attempt_id}: the result is no whole archive")
+    db.execute(
+        "UPDATE blob SET state = 'sealed', size = ?, sha256 = ? WHERE id = ?",
+        (size, report.result_sha256, blob_id),
+    )
 
 
 # --- chunks -----------------------------------------------------------------------

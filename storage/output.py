@@ -124,11 +124,12 @@ def _add_piece(db: Database, attempt_id: int, piece: OutputPiece, limit: int) ->
             (attempt_id, piece.stream, start, part, checksum_of_bytes(start, part)),
         )
         data, start = data[length:], start + length
-    db.execute(
-        "DELETE FROM output WHERE attempt_id = ? AND stream = ?"
-        " AND start >= ? AND start + length(data) <= ?",
-        (attempt_id, piece.stream, half, start - kept),
-    )
+    if start - kept > half:
+        db.execute(
+            "DELETE FROM output WHERE attempt_id = ? AND stream = ?"
+            " AND start >= ? AND start + length(data) <= ?",
+            (attempt_id, piece.stream, half, start - kept),
+        )
 
 
 def drop_live_output(db: Database, attempt_id: int) -> None:

@@ -5,10 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 from events import Transition
-from jobs import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, Demand, JobState, Resources, Usage
+from jobs import (
+    ACTIVE_STATES,
+    FINAL_STATES,
+    TRANSITIONS,
+    Demand,
+    JobState,
+    Resources,
+    Step,
+    Usage,
+)
 from records import IllegalTransition, Superseded, UserQueue
 from storage.blobs import has_result
 from storage.checksums import checksum_of_row, stored_state
@@ -28,96 +38,109 @@ class JobRow:
 
 
 def transition(
+    db: Database, job: JobRow, after: JobState, reason: str, message: str | None = None
+) -> None:
+    """Change a job's state now; see :func:`pass_through`."""
+    pass_through(db, job, [Step(after, reason, time.time())], message)
+
+
+def pass_through(
     db: Database,
     job: JobRow,
-    after: JobState,
-    reason: str,
+    steps: Sequence[Step],
     message: str | None = None,
     usage: Usage | None = None,
 ) -> None:
-    """Change a job's state and write its history.
+    """Take a job to the state of the last step, and write its history.
 
     ``message`` is what a user is told of the job from now on; None leaves it as it is, and a job
     that is cleaned has it added to what is told of its end. No other statement changes either,
     so whoever follows the feed knows both. ``usage`` is for the feed; its place is the attempt.
     """
-    if after not in TRANSITIONS[job.state]:
-        raise IllegalTransition(f"job {job.id}: {job.state} can't become {after}")
-    now = time.time()
+    states = [job.state, *(step.state for step in steps)]
+    for before, after in pairwise(states):
+        if after not in TRANSITIONS[before]:
+            raise IllegalTransition(f"job {job.id}: {before} can't become {after}")
+    began_at = next((step.at for step in steps if step.state is JobState.RUNNING), None)
+    last = steps[-1]
     # fetched to its end: only then is the statement done
-    ((created_at, started_at, message, *demand),) = db.execute(
-        _SET_STATE[after], (after, now, job.id, message)
+    ((created_at, started_at, told, *needed),) = db.execute(
+        _SET_STATE[last.state],
+        {
+            "state": last.state,
+            "at": last.at,
+            "job": job.id,
+            "message": message,
+            "began_at": began_at,
+        },
     ).fetchall()
+    context = JobContext(created_at, demand_of(needed))
+    for before, step in zip(states, steps[:-1], strict=False):
+        started = began_at if step.state is JobState.RUNNING else None
+        announce(db, job, before, step, context, started_at=started)
     announce(
-        db,
-        job,
-        now,
-        job.state,
-        after,
-        reason,
-        created_at=created_at,
-        started_at=started_at,
-        message=message,
-        demand=demand_of(demand),
-        usage=usage,
+        *(db, job, states[-2], last, context), started_at=started_at, message=told, usage=usage
     )
 
 
 _SET_STATE: Mapping[JobState, str] = {
     **dict.fromkeys(
         JobState,
-        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message)"
-        " WHERE id = ?3"
+        "UPDATE job SET state = :state, changed_at = :at, message = coalesce(:message, message),"
+        " started_at = coalesce(:began_at, started_at) WHERE id = :job"
         " RETURNING created_at, started_at, message,"
         " needed_cpus, needed_memory, needed_gpus, avoided",
     ),
-    JobState.RUNNING: (
-        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
-        " started_at = ?2 WHERE id = ?3"
-        " RETURNING created_at, started_at, message,"
-        " needed_cpus, needed_memory, needed_gpus, avoided"
-    ),
     JobState.QUEUED: (
-        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
-        " started_at = NULL WHERE id = ?3"
+        "UPDATE job SET state = :state, changed_at = :at, message = coalesce(:message, message),"
+        " started_at = NULL WHERE id = :job"
         " RETURNING created_at, started_at, message,"
         " needed_cpus, needed_memory, needed_gpus, avoided"
     ),
     **dict.fromkeys(
         FINAL_STATES,
-        "UPDATE job SET state = ?1, changed_at = ?2, message = coalesce(?4, message),"
-        " finished_at = ?2, outcome = ?1, aged_from = steady_now()"
-        " WHERE id = ?3"
+        "UPDATE job SET state = :state, changed_at = :at, message = coalesce(:message, message),"
+        " started_at = coalesce(:began_at, started_at), finished_at = :at, outcome = :state,"
+        " aged_from = steady_now()"
+        " WHERE id = :job"
         " RETURNING created_at, started_at, message,"
         " needed_cpus, needed_memory, needed_gpus, avoided",
     ),
     # still says how it ended
     JobState.CLEANED: (
-        "UPDATE job SET state = ?1, changed_at = ?2,"
-        " message = CASE message WHEN '' THEN ?4 ELSE message || '; ' || ?4 END"
-        " WHERE id = ?3 RETURNING created_at, started_at, message,"
+        "UPDATE job SET state = :state, changed_at = :at,"
+        " message = CASE message WHEN '' THEN :message ELSE message || '; ' || :message END"
+        " WHERE id = :job RETURNING created_at, started_at, message,"
         " needed_cpus, needed_memory, needed_gpus, avoided"
     ),
 }
 """How each state is entered; the times of a job are those of its last attempt."""
 
 
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """What the feed tells of a job with each of its transitions."""
+
+    created_at: float
+    demand: Demand
+
+
 def announce(
     db: Database,
     job: JobRow,
-    at: float,
     before: JobState | None,
-    after: JobState,
-    reason: str,
+    step: Step,
+    context: JobContext,
     *,
-    created_at: float,
-    message: str,
-    demand: Demand,
     started_at: float | None = None,
+    message: str = "",
     usage: Usage | None = None,
 ) -> None:
-    """Write one line of a job's history, and have it told once it is committed."""
-    row = (job.id, job.attempts, at, before, after, reason)
+    """Write one line of a job's history, and have it told once it is committed.
+
+    An active job has no ``message``.
+    """
+    row = (job.id, job.attempts, step.at, before, step.state, step.reason)
     row_id = db.execute(
         "INSERT INTO history (job_id, attempt, at, from_state, to_state, reason, crc32)"
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -130,14 +153,14 @@ def announce(
             job.user_id,
             job.service,
             job.attempts,
-            at,
+            step.at,
             before,
-            after,
-            reason,
-            created_at,
+            step.state,
+            step.reason,
+            context.created_at,
             started_at,
             message,
-            demand,
+            context.demand,
             usage,
         )
     )

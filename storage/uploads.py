@@ -11,7 +11,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jobs import Demand, FileSpec, JobState, Resources
+from jobs import Demand, FileSpec, JobState, Resources, Step
 from records import (
     InputGone,
     JobIdentity,
@@ -26,7 +26,7 @@ from storage.blobs import Blobs, insert_chunks, open_blob
 from storage.checksums import checksum_of_row
 from storage.database import Database
 from storage.file import DatabaseFile, is_short_write
-from storage.transitions import JobRow, announce
+from storage.transitions import JobContext, JobRow, announce
 from telemetry import metrics
 from telemetry.logs import event
 from wire.frames import CHUNK_BYTES
@@ -173,9 +173,9 @@ class Upload:
             if repeated := submission_before(db, key):
                 return repeated
             check_queue(db, request.user_id, queue_limit)
-            _write_pending(db, pending)
             job = insert_job(db, request, message, "uploaded")
             _insert_files(db, job.id, files)
+            _insert_chunks(db, pending)
             remember_key(db, key, job.id)
             return Submission(job)
 
@@ -237,6 +237,11 @@ def _write_pending(db: Database, pending: Sequence[_PendingChunk]) -> None:
     for chunk in pending:
         if chunk.index == 0:
             open_blob(db, chunk.blob_id)
+    _insert_chunks(db, pending)
+
+
+def _insert_chunks(db: Database, pending: Sequence[_PendingChunk]) -> None:
+    for chunk in pending:
         insert_chunks(db, chunk.blob_id, chunk.index, [chunk.data])
 
 
@@ -263,17 +268,8 @@ def insert_job(db: Database, request: JobRequest, message: str, reason: str) -> 
         "UPDATE job SET crc32 = ? WHERE id = ?", (checksum_of_request(job_id, request, now), job_id)
     )
     job = JobRow(job_id, request.user_id, request.service, JobState.QUEUED, 0, 0)
-    announce(
-        db,
-        job,
-        now,
-        None,
-        JobState.QUEUED,
-        reason,
-        created_at=now,
-        message=message,
-        demand=Demand(request.resources),
-    )
+    context = JobContext(now, Demand(request.resources))
+    announce(db, job, None, Step(JobState.QUEUED, reason, now), context, message=message)
     return JobIdentity(job_id, request.user_id, request.service)
 
 

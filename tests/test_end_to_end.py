@@ -96,7 +96,7 @@ FAILURES = {
 }
 
 
-async def test_a_quick_job_takes_four_transactions(server: Server) -> None:
+async def test_a_quick_job_takes_few_transactions(server: Server) -> None:
     async def commits() -> list[float]:
         metrics = (await curl(f"{server.url}/metrics")).body
         return [
@@ -113,9 +113,11 @@ async def test_a_quick_job_takes_four_transactions(server: Server) -> None:
         assert (await curl(f"{server.url}/download/{job_id}?wait=30")).body.startswith(b"PK")
         after = await commits()
         costs.append([after[0] - before[0], after[1] - before[1]])
-    # one for upload and attempt, for Submitted, for Running, and for the end with the output; a
-    # machine that is busy may be so slow that a job is followed while it runs
-    assert min(costs) == [5, 4]
+    # One for upload and attempt, and one for all the rest, if that takes no longer than what the
+    # agent says may wait; a machine that is busy may be so slow that each is one for itself.
+    operations, transactions = min(costs)
+    assert operations <= 5
+    assert transactions == operations - 1
     histories = [server.transitions(job_id) for job_id in range(1, 5)]
     assert histories == [["Queued", "Processing", "Submitted", "Running", "Completed"]] * 4
 

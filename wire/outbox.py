@@ -26,6 +26,7 @@ Nothing, if the transfer turns out to end there.
 
 NO_GAP = range(0)
 _NOTHING = memoryview(b"")
+_ALONG_SECONDS = 0.01
 
 
 class Socket(Protocol):
@@ -119,6 +120,14 @@ class Outbox:
         self._messages.append(codec.encode(message))
         self._wake.set()
 
+    def put_along(self, message: messages.Message) -> None:
+        """Queue a control message that leaves with the next one, or alone a moment later.
+
+        The receiver then has both at once, and stores both at once.
+        """
+        self._messages.append(codec.encode(message))
+        asyncio.get_running_loop().call_later(_ALONG_SECONDS, self._wake.set)
+
     def open(
         self,
         transfer: int,
@@ -183,7 +192,8 @@ class Outbox:
         """Send for as long as the connection lives; raises what the socket raises."""
         cork = _Cork(socket)
         while True:
-            if self._ready:  # a frame goes with the messages before and after it
+            # a frame goes with the messages before and after it, a message with the next one
+            if self._ready or len(self._messages) > 1:
                 cork.put_on()
             while self._messages:
                 await socket.send_str(self._messages.popleft())

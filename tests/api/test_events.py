@@ -10,7 +10,7 @@ import pytest
 from events import Feed, Lagged, Transition
 from jobs import JobState
 from records import IllegalTransition
-from tests.storage.steps import begin, make_job, opened, report, zipped
+from tests.storage.steps import begin, make_job, opened, report, step, zipped
 
 pytestmark = pytest.mark.quick
 
@@ -29,7 +29,7 @@ async def test_a_commit_is_told_and_a_refused_change_is_not(tmp_path: Path) -> N
                 store.attempts.finish(
                     "agent-1", report(attempt.attempt_id, zipped(b"r")), 0, [zipped(b"r")]
                 ),
-                store.attempts.advance(attempt.attempt_id, JobState.SUBMITTED, "test"),
+                store.attempts.advance(attempt.attempt_id, [step(JobState.SUBMITTED)]),
                 return_exceptions=True,
             )
             assert isinstance(outcomes[0], IllegalTransition)

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from jobs import Demand, JobState
+from jobs import Demand, JobState, Step
 from records import Assignment, JobIdentity, JobRequest, KnownAgent
 from storage.uploads import Upload
 from store import Store
@@ -65,9 +65,14 @@ async def begin(store: Store, job: JobIdentity) -> Assignment:
 async def run_job(store: Store, job: JobIdentity) -> int:
     """Bring a job to Running; returns the attempt's id."""
     assignment = await begin(store, job)
-    await store.attempts.advance(assignment.attempt_id, JobState.SUBMITTED, "test")
-    await store.attempts.advance(assignment.attempt_id, JobState.RUNNING, "test")
+    await store.attempts.advance(assignment.attempt_id, [step(JobState.SUBMITTED)])
+    await store.attempts.advance(assignment.attempt_id, [step(JobState.RUNNING)])
     return assignment.attempt_id
+
+
+def step(state: JobState) -> Step:
+    """Return what an agent says of an attempt that comes to a state now."""
+    return Step(state, "test", time.time())
 
 
 def zipped(content: bytes) -> bytes:

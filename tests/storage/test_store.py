@@ -51,6 +51,7 @@ from tests.storage.steps import (
     report,
     rows,
     run_job,
+    step,
     zipped,
 )
 from wire.frames import CHUNK_BYTES, Stream
@@ -245,7 +246,7 @@ async def test_an_older_attempt_can_do_nothing(store: Store) -> None:
     assert await store.attempts.requeue(old, Loss.AGENT_AWAY, "lost", 3) is JobState.QUEUED
     new = await run_job(store, job)
     for late in (
-        store.attempts.advance(old, JobState.RUNNING, "late"),
+        store.attempts.advance(old, [step(JobState.RUNNING)]),
         store.attempts.append_result(old, CHUNK_BYTES, [b"x"]),
         store.attempts.finish("agent-1", report(old, zipped(b"late")), 0, [zipped(b"late")]),
         store.attempts.requeue(old, Loss.AGENT_AWAY, "late", 3),

@@ -65,6 +65,37 @@ async def test_a_sender_stops_at_the_window_and_goes_on_when_it_opens() -> None:
     assert sum(len(frame.data) for frame in socket.frames()) == WINDOW_BYTES + CHUNK_BYTES
 
 
+async def test_a_message_that_may_wait_leaves_with_the_next_one() -> None:
+    outbox, socket = Outbox(), RecordingSocket()
+    outbox.put_along(messages.Accepted(1))
+    await _run_until_idle(outbox, socket)
+    assert socket.sent == [messages.Accepted(1)]  # before the first wait all that is there is sent
+    task = asyncio.create_task(outbox.run(socket))
+    await asyncio.sleep(0)
+    outbox.put_along(messages.Accepted(2))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert socket.sent[1:] == []
+    outbox.put(messages.Started(2))
+    async with asyncio.timeout(20):
+        while len(socket.sent) < 3:
+            await asyncio.sleep(0)
+    assert socket.sent[1:] == [messages.Accepted(2), messages.Started(2)]
+    task.cancel()
+
+
+async def test_a_message_that_may_wait_leaves_alone_after_a_moment() -> None:
+    outbox, socket = Outbox(), RecordingSocket()
+    task = asyncio.create_task(outbox.run(socket))
+    await asyncio.sleep(0)
+    outbox.put_along(messages.Accepted(1))
+    async with asyncio.timeout(20):
+        while not socket.sent:
+            await asyncio.sleep(0.001)
+    assert socket.sent == [messages.Accepted(1)]
+    task.cancel()
+
+
 async def test_transfers_take_turns_and_messages_go_first() -> None:
     outbox, socket = Outbox(), RecordingSocket()
     outbox.open(8, _zeros, 0, WINDOW_BYTES)
