@@ -80,6 +80,19 @@ class Output:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class SmallResult:
+    """A job's result, whole, as it was stored; told just before the job's end.
+
+    Only to who waits for it: to read it again would take longer than all else of the answer.
+    """
+
+    job_id: int
+    blob_id: int
+    sha256: str
+    content: bytes
+
+
 Event: TypeAlias = Transition | AgentChange
 
 E = TypeVar("E")
@@ -147,30 +160,42 @@ class OutputSubscription(_Subscription[Output | Transition]):
     """What a follower of one stream of a job has not taken yet, in order and bounded."""
 
 
+class EndSubscription(_Subscription[SmallResult | Transition]):
+    """What one who waits for the end of a job has not taken yet, in order and bounded."""
+
+
 class Feed:
     """Passes on what happens to those who subscribed; costs nothing for those who did not."""
 
     def __init__(self) -> None:
         self._of_all: set[Subscription] = set()
-        self._of_jobs: dict[int, set[Subscription | OutputSubscription]] = {}
+        self._of_jobs: dict[int, set[Subscription | OutputSubscription | EndSubscription]] = {}
+        self._of_ends: dict[int, set[EndSubscription]] = {}
         self._of_output: dict[tuple[int, Stream], set[OutputSubscription]] = {}
         self._followers: list[Callable[[Event], None]] = []
         self._is_closed = False
 
-    def publish(self, events: Sequence[Event | Output]) -> None:
+    def publish(self, announcements: Sequence[Event | Output | SmallResult]) -> None:
         """Tell the subscribers what has been committed, in its order."""
-        for event in events:
-            if isinstance(event, Output):
-                for reader in self._of_output.get((event.job_id, event.stream), ()):
-                    reader.add(event)
-                continue
-            for follower in self._followers:
-                follower(event)
-            for subscription in self._of_all:
-                subscription.add(event)
-            if isinstance(event, Transition):
-                for waiting in self._of_jobs.get(event.job_id, ()):
-                    waiting.add(event)
+        for announced in announcements:
+            match announced:
+                case Output(job_id=job_id, stream=stream):
+                    for reader in self._of_output.get((job_id, stream), ()):
+                        reader.add(announced)
+                case SmallResult(job_id=job_id):
+                    for waiting in self._of_ends.get(job_id, ()):
+                        waiting.add(announced)
+                case _:
+                    self._publish_event(announced)
+
+    def _publish_event(self, event: Event) -> None:
+        for follower in self._followers:
+            follower(event)
+        for subscription in self._of_all:
+            subscription.add(event)
+        if isinstance(event, Transition):
+            for waiting in self._of_jobs.get(event.job_id, ()):
+                waiting.add(event)
 
     def follow(self, follower: Callable[[Event], None]) -> None:
         """Call ``follower`` with every event from now on.
@@ -214,6 +239,18 @@ class Feed:
         with (
             _member(self._of_jobs, job_id, subscription),
             _member(self._of_output, (job_id, stream), subscription),
+        ):
+            yield subscription
+
+    @contextmanager
+    def end_of(self, job_id: int, limit: int) -> Iterator[EndSubscription]:
+        """Subscribe to the transitions of a job, and to its result if that is small."""
+        subscription = EndSubscription(limit)
+        if self._is_closed:
+            subscription.close()
+        with (
+            _member(self._of_jobs, job_id, subscription),
+            _member(self._of_ends, job_id, subscription),
         ):
             yield subscription
 

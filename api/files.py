@@ -21,7 +21,7 @@ from api.errors import BadRequest, Conflict, NotFound, UnknownJob
 from api.parameters import place_of, wait_seconds_of
 from api.ranges import RangeNotSatisfiable, failed_condition, requested_part
 from api.routes import job_id_of
-from api.waiting import status_within
+from api.waiting import end_within
 from archive.reader import Archive, DamagedArchive, Member
 from archive.stream import Source, zip_of
 from dispatch import Dispatcher
@@ -77,12 +77,13 @@ class FileHandlers:
     async def download(self, request: web.Request) -> web.StreamResponse:
         """Answer with a completed job's result, with the status of any other."""
         seconds = wait_seconds_of(request)
-        job = await status_within(request, self._store, job_id_of(request), seconds)
+        awaited = await end_within(request, self._store, job_id_of(request), seconds)
+        job = awaited.job
         if job is None:
             raise UnknownJob
         if job.state is not JobState.COMPLETED:
             return job_answer(job)
-        result = await self._store.blobs.result_of_job(job.id)
+        result = awaited.result or await self._store.blobs.result_of_job(job.id)
         if result is None:  # retention came between
             return job_answer(JobStatus(job.id, JobState.CLEANED, ""))
         return await self._send_stored(request, _download_of(job.id, result))

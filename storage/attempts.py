@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from events import SmallResult
 from jobs import ACTIVE_STATES, FINAL_STATES, Demand, FileSpec, JobState, Step, Usage, steps_beyond
 from records import (
     NO_OUTPUT,
@@ -209,6 +210,9 @@ class Attempts:
         """Store the end of a result and what is reported along with it."""
         blob_id, size = self._append(db, report.attempt_id, offset, tail)
         seal_result(db, blob_id, size, report)
+        if offset == 0 and size <= SMALL_BYTES:
+            content = b"".join(tail)
+            db.announce(SmallResult(job.id, blob_id, report.result_sha256, content))
         usage = report.usage or Usage(None, None, None)
         db.execute(
             "UPDATE attempt SET result_blob = ?, exit_code = ?, cpu_seconds = ?, peak_memory = ?,"

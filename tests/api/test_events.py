@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from events import Feed, Lagged, Transition
+from events import Feed, Lagged, SmallResult, Transition
 from jobs import JobState
 from records import IllegalTransition
-from tests.storage.steps import begin, make_job, opened, report, step, zipped
+from storage.blobs import SMALL_BYTES
+from tests.storage.steps import begin, make_job, opened, report, run_job, step, zipped
 
 pytestmark = pytest.mark.quick
 
@@ -47,6 +48,31 @@ async def test_a_subscriber_of_one_job_hears_of_no_other() -> None:
             transition(2, 2),
             transition(4, 2),
         ]
+
+
+async def test_who_waits_for_the_end_of_a_job_is_given_its_small_result(tmp_path: Path) -> None:
+    small, large = zipped(b"r"), zipped(bytes(SMALL_BYTES))
+    async with opened(tmp_path / "orchestrator.db") as store:
+        await store.agents.record_connection("agent-1", "one")
+        for result in (small, large):
+            job = await make_job(store)
+            attempt_id = await run_job(store, job)
+            with (
+                store.feed.end_of(job.id, limit=10) as end,
+                store.feed.transitions_of(job.id, limit=10) as transitions,
+                store.feed.all_events(limit=10) as everything,
+            ):
+                await store.attempts.finish("agent-1", report(attempt_id, result), 0, [result])
+                told = await end.next_all()
+                (ended,) = await transitions.next_all()
+                assert await everything.next_all() == [ended]
+            assert told[-1] == ended
+            stored = await store.blobs.result_of_job(job.id)
+            assert stored is not None
+            if result is small:
+                assert told[:-1] == [SmallResult(job.id, stored.blob_id, stored.sha256, small)]
+            else:
+                assert told[:-1] == []
 
 
 async def test_a_subscriber_that_is_too_slow_is_told_so_after_what_it_can_still_have() -> None:
