@@ -32,7 +32,7 @@ _WITHOUT_ISOLATION = {"ISOLATION": "none"}
 _READY = re.compile(r"ready at (http://\S+)")
 
 
-async def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+async def eventually(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Wait until a condition holds; fails the test at the deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -125,7 +125,7 @@ class Server:
         """Ask it to stop; returns its exit code. Fails the test after ten seconds."""
         assert self._process is not None
         self._process.send_signal(number)
-        return await asyncio.wait_for(self._process.wait(), 10)
+        return await asyncio.wait_for(self._process.wait(), 60)
 
     async def kill(self) -> None:
         """End it as a crash would."""
@@ -137,7 +137,7 @@ class Server:
         """Whether the process is gone."""
         return self._process is None or self._process.returncode is not None
 
-    async def wait_ended(self, seconds: float = 20) -> int:
+    async def wait_ended(self, seconds: float = 60) -> int:
         """Wait until it ends by itself; returns its exit code, negative for a signal."""
         assert self._process is not None
         return await asyncio.wait_for(self._process.wait(), seconds)
@@ -213,7 +213,7 @@ class Server:
             return {"id": job_id, "status": "Completed", "message": ""}
         return answer.json()
 
-    async def wait(self, job_id: int, *states: str, seconds: float = 30) -> dict[str, Any]:
+    async def wait(self, job_id: int, *states: str, seconds: float = 60) -> dict[str, Any]:
         """Wait until a job is in one of the states (default: any final one)."""
         wanted = set(states) or FINAL
         # asked of the file: a curl for each look would be most of a test's load
@@ -226,7 +226,7 @@ class Server:
         assert status["status"] in wanted or not states, status
         return status
 
-    async def result(self, job_id: int, seconds: float = 30) -> zipfile.ZipFile:
+    async def result(self, job_id: int, seconds: float = 60) -> zipfile.ZipFile:
         """Wait for a job to complete; returns its ZIP, checked."""
         await self.wait(job_id, "Completed", seconds=seconds)
         archive = zipfile.ZipFile(io.BytesIO((await self.download(job_id)).body))

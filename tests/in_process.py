@@ -35,7 +35,7 @@ from tests.storage.steps import filled
 from wire import codec, messages
 from wire.messages import ProtocolError
 
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 60.0
 
 
 class Clock:

@@ -438,7 +438,7 @@ async def test_a_command_that_is_interrupted_does_not_claim_success(
     # once this returns, the command is waiting for what it reads there
     descriptor = await asyncio.to_thread(os.open, tmp_path / "pipe", os.O_WRONLY)
     process.send_signal(signal.SIGINT)
-    _, said = await asyncio.wait_for(process.communicate(), 10)
+    _, said = await asyncio.wait_for(process.communicate(), 60)
     os.close(descriptor)
     assert process.returncode == 130
     assert said.endswith(b": interrupted\n") and b"Traceback" not in said

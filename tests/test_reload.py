@@ -120,7 +120,7 @@ async def test_a_server_whose_terminal_was_closed_stops_instead(tmp_path: Path) 
         await eventually(lambda: "event=settings_reloaded" in path.read_text(), "it goes on")
         os.close(terminal)
         server.send_signal(signal.SIGHUP)
-        assert await asyncio.wait_for(server.wait(), 10) == 0
+        assert await asyncio.wait_for(server.wait(), 60) == 0
     finally:
         if server.returncode is None:
             server.kill()

@@ -266,7 +266,7 @@ async def test_the_fork_server_ends_with_its_agent_and_leaves_no_zombie(
     go.touch()
     assert (await bare_server.result(job_id)).read("out") == b"done\n"
     agent.process.terminate()
-    assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+    assert await asyncio.wait_for(agent.process.wait(), 60) == 0
 
 
 async def test_what_is_above_a_job_holds_no_connection_and_no_variable_of_the_agent(

@@ -219,7 +219,7 @@ async def said(url: str, *lines: str | bytes) -> Answer:
     parts = [line.encode() if isinstance(line, str) else line for line in lines]
     writer.write(b"\r\n".join([*parts, b"", b""]))
     try:
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or b"0")
         return Answer(int(head.split()[1]), await reader.readexactly(length))
     finally:

@@ -56,9 +56,7 @@ async def test_one_curl_is_a_whole_client(server: Server, tmp_path: Path) -> Non
     assert not client.done()
     (server.directory / "orchestrator.db.agent" / "go").touch()
     await server.wait(job_id, "Completed")
-    ended = time.monotonic()
-    assert (await client)[0] == 0
-    assert time.monotonic() - ended < 1
+    assert (await asyncio.wait_for(client, 60))[0] == 0  # long before its 300 s are over
     assert zipfile.ZipFile(tmp_path / "results.zip").read("out") == b"done\n"
     # what has ended is not waited for
     assert (await curl(f"{server.url}/download/{job_id}?wait=300")).body.startswith(b"PK")
@@ -85,10 +83,8 @@ async def test_a_wait_ends_in_time_and_with_the_server(idle: Server) -> None:
     assert "level=ERROR" not in idle.log()
     waiting = asyncio.create_task(curl(f"{idle.url}/download/{job_id}?wait=300"))
     await asyncio.wait([waiting], timeout=10 * POLL_SECONDS)
-    started = time.monotonic()
     assert await idle.stop() == 0
-    assert (await waiting).json()["status"] == "Queued"
-    assert time.monotonic() - started < 2
+    assert (await asyncio.wait_for(waiting, 60)).json()["status"] == "Queued"
 
 
 async def test_a_client_that_goes_away_leaves_nothing_waiting(tmp_path: Path) -> None:

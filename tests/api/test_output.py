@@ -57,24 +57,27 @@ async def test_lines_come_while_the_job_runs_and_the_answer_ends_with_it(
     script = f'echo first; echo wrong >&2; until [ -e "{go}" ]; do sleep 0.05; done; echo last'
     job_id = await server.upload(script)
     async with followed(server, job_id) as out, followed(server, job_id, "stream=stderr") as err:
-        assert await asyncio.wait_for(out.readline(), 10) == b"first\n"
-        assert await asyncio.wait_for(err.readline(), 10) == b"wrong\n"
+        assert await asyncio.wait_for(out.readline(), 60) == b"first\n"
+        assert await asyncio.wait_for(err.readline(), 60) == b"wrong\n"
         await server.wait(job_id, "Running")
         running = await logs(server, job_id)
         go.touch()
-        assert await asyncio.wait_for(out.read(), 10) == b"last\n"
-        assert await asyncio.wait_for(err.read(), 10) == b""
+        assert await asyncio.wait_for(out.read(), 60) == b"last\n"
+        assert await asyncio.wait_for(err.read(), 60) == b""
     assert running.body == b"first\n"
     await server.wait(job_id, "Completed")
     assert (await logs(server, job_id)).body == b"first\nlast\n"
 
 
-async def test_a_line_is_at_most_two_seconds_behind(server: Server) -> None:
-    script = "for i in 1 2 3 4 5 6 7 8; do date +%s.%N; sleep 0.4; done"
-    job_id = await server.upload(script)
+async def test_no_line_waits_for_the_next_one(server: Server, tmp_path: Path) -> None:
+    job_id = await server.upload(
+        f'for i in 1 2 3 4; do echo $i; until [ -e "{tmp_path}/go-$i" ]; do sleep 0.05; done; done'
+    )
     async with followed(server, job_id) as out:
-        while line := await asyncio.wait_for(out.readline(), 10):
-            assert time.time() - float(line) < 2
+        for number in range(1, 5):
+            assert await asyncio.wait_for(out.readline(), 60) == b"%d\n" % number
+            (tmp_path / f"go-{number}").touch()
+        assert await asyncio.wait_for(out.read(), 60) == b""
 
 
 async def test_what_is_asked_wrongly_or_is_not_there_is_said(server: Server) -> None:
@@ -202,7 +205,7 @@ async def test_an_attempt_that_is_lost_takes_its_output_along(
     script = 'echo "attempt $ORCHESTRATOR_ATTEMPT"; [ $ORCHESTRATOR_ATTEMPT = 2 ] || sleep 60'
     job_id = await bare_server.upload(script)
     async with followed(bare_server, job_id) as out:
-        assert await asyncio.wait_for(out.readline(), 10) == b"attempt 1\n"
+        assert await asyncio.wait_for(out.readline(), 60) == b"attempt 1\n"
         await first.kill()
         await second.start()
         rest = await asyncio.wait_for(out.read(), 20)
@@ -231,14 +234,12 @@ async def test_retention_removes_the_output(tmp_path: Path) -> None:
 async def test_followers_end_when_the_server_stops_and_do_not_think_that_it_is_the_end(
     server: Server,
 ) -> None:
-    job_id = await server.upload("echo one; sleep 60")
+    job_id = await server.upload("echo one; sleep 1000")
     await server.wait(job_id, "Running")
     follower = asyncio.create_task(run("curl", "-sSN", f"{server.url}/jobs/{job_id}/logs?follow=1"))
     await eventually(lambda: server.query("SELECT count(*) FROM output") == [(1,)], "one line")
-    began = time.monotonic()
     await server.stop()
-    code, output = await asyncio.wait_for(follower, 5)
-    assert time.monotonic() - began < 3
+    code, output = await asyncio.wait_for(follower, 60)
     assert output.startswith(b"one\n")
     assert code != 0
 

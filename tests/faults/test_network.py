@@ -66,7 +66,7 @@ async def test_a_half_open_connection_is_noticed_and_given_up(
     assert (await bare_server.result(job_id)).read("out") == b"2\n"
     proxy.thaw()
     attempts = behind.workdir / "attempts"
-    await eventually(lambda: os.listdir(attempts) == [], "the old attempt is dropped", seconds=30)
+    await eventually(lambda: os.listdir(attempts) == [], "the old attempt is dropped")
     assert not [p for p in bare_server.processes() if p.name() == "sleep"]
     assert lines(witness) == ["1", "2"]
 
@@ -134,9 +134,8 @@ async def test_a_long_way_makes_a_job_later_and_restarts_nothing(
     endless = await bare_server.upload("sleep 1000")
     assert (await bare_server.result(job_id)).read("stdout.log") == content
     await bare_server.wait(endless, "Running")
-    began = time.monotonic()
     assert (await curl("-X", "POST", f"{bare_server.url}/terminate/{endless}")).status == 200
-    assert time.monotonic() - began < 4, "the agent did it, the server did not give it up"
+    assert "event=killed" not in bare_server.log(), "the server gave it up"
     assert "run.sh" in bare_server.stored_result(endless).namelist()
     for ended in (job_id, endless):
         assert bare_server.transitions(ended).count("Processing") == 1

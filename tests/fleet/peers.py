@@ -23,7 +23,7 @@ from wire import codec, messages
 from wire.frames import CHUNK_BYTES, Frame, Stream, decode_frame, encode_frame, transfer_id
 
 M = TypeVar("M")
-_SECONDS = 20.0  # until a test fails that waits for something
+_SECONDS = 60.0  # until a test fails that waits for something
 
 
 def archive(*names: str) -> bytes:

@@ -142,7 +142,7 @@ async def test_a_draining_agent_finishes_its_job_and_takes_no_other(
     await asyncio.to_thread(go.write_text, "finished\n")
     assert (await bare_server.result(job_id)).read("out") == b"finished\n"
     assert agent.process is not None
-    assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+    assert await asyncio.wait_for(agent.process.wait(), 60) == 0
     assert bare_server.transitions(other) == ["Queued"]
 
 
@@ -159,11 +159,11 @@ async def test_a_second_signal_and_the_drain_limit_leave_the_job_to_the_next_sta
     await eventually(lambda: "event=draining" in agent.log(), "it drains")
     agent.send(signal.SIGTERM)
     assert agent.process is not None
-    assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+    assert await asyncio.wait_for(agent.process.wait(), 60) == 0
     await agent.start("--drain-timeout", "0.1")
     await eventually(lambda: agent.log().count("event=connected") == 2, "it is back")
     agent.send(signal.SIGTERM)
-    assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+    assert await asyncio.wait_for(agent.process.wait(), 60) == 0
     await agent.start()
     await asyncio.to_thread(go.write_text, "adopted\n")
     assert (await bare_server.result(job_id)).read("out") == b"adopted\n"
@@ -262,7 +262,7 @@ async def test_a_server_needs_the_agent_token(tmp_path: Path) -> None:
         stranger = AgentProcess(server, "stranger")
         await stranger.start(environment={AGENT_TOKEN_VARIABLE: "x" * 32})
         assert stranger.process is not None
-        assert await asyncio.wait_for(stranger.process.wait(), 10) == 2
+        assert await asyncio.wait_for(stranger.process.wait(), 60) == 2
         assert "refused the agent token" in stranger.log()
         code, token = await run(
             sys.executable,
@@ -286,7 +286,7 @@ async def test_a_wrong_token_is_refused_on_loopback_too(
     agent = new_agent("wrong")
     await agent.start("--token-file", str(tmp_path / "token"))
     assert agent.process is not None
-    assert await asyncio.wait_for(agent.process.wait(), 10) == 2
+    assert await asyncio.wait_for(agent.process.wait(), 60) == 2
 
 
 async def test_the_embedded_agent_is_started_again_when_it_dies(server: Server) -> None:
