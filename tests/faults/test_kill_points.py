@@ -33,9 +33,9 @@ POINTS = {
     "bytes of an upload": (r"INSERT INTO chunk\b", COMMITTED, 2),
     "dispatching, before the agent is told": (r"INSERT INTO attempt\b", COMMITTED, 2),
     "bytes of a result, before they are acknowledged": (r"UPDATE blob SET size\b", COMMITTED, 2),
-    "the end of a job": (r"UPDATE blob SET state = 'sealed', sha256", AFTER, 1),
+    "the end of a job": (r"UPDATE blob SET state = 'sealed'", AFTER, 1),
     "the end of a job, before the agent is told": (
-        *(r"UPDATE blob SET state = 'sealed', sha256", COMMITTED, 1),
+        *(r"UPDATE blob SET state = 'sealed'", COMMITTED, 1),
     ),
 }
 
