@@ -25,7 +25,7 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 """How long a test waits for something to appear, on a machine that is busy with other work."""
 
 NewPage = Callable[..., Awaitable[Page]]
