@@ -106,6 +106,7 @@ class Wire:
         self.cut_after: int | None = None  # frames after which the connection breaks
         self._arrived: asyncio.Queue[_Frame | None] = asyncio.Queue()
         self._is_over = False
+        self._is_silent = False
 
     @classmethod
     def pair(cls) -> tuple[Wire, Wire]:
@@ -120,9 +121,15 @@ class Wire:
             end._is_over = True
             end._arrived.put_nowait(None)
 
+    def fall_silent(self) -> None:
+        """Lose from now on what either end sends, without a sign."""
+        self._is_silent = self.peer._is_silent = True
+
     def _send(self, frame: _Frame) -> None:
         if self._is_over:
             raise ConnectionResetError("the connection is broken")
+        if self._is_silent:
+            return
         if self.cut_after is not None:
             self.cut_after -= 1
             if self.cut_after < 0:
