@@ -21,7 +21,7 @@ async def keep_agent(url: str, settings: Settings, token: str) -> None:
     """Keep an agent process on this machine alive for as long as the server runs."""
     while True:
         try:
-            code = await _run_agent(_local_url(url), settings, token)
+            code = await run_agent(_local_url(url), settings, token)
         except OSError as error:  # no descriptors, no memory, no processes left: for now
             event(
                 log,
@@ -45,9 +45,41 @@ def _local_url(url: str) -> str:
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
-async def _run_agent(url: str, settings: Settings, token: str) -> int:
+async def run_agent(url: str, settings: Settings, token: str) -> int:
+    """Run an agent to its end, and end it when cancelled; returns its exit code.
+
+    Raises :class:`OSError` if it can't be started.
+    """
+    # The pipe stays open: its end tells the agent that the server is gone, however it went. The
+    # token is in it before there is an agent, which may die at any moment.
+    reading, writing = os.pipe()
+    try:
+        os.set_blocking(writing, False)
+        os.write(writing, f"{token}\n".encode())
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *_command(url, settings),
+                stdin=reading,
+                # whoever reads the server's output must not wait for the agent to end it
+                stdout=asyncio.subprocess.DEVNULL,
+                env=runtime.agent_environment(os.environ),
+                # Ctrl-C in the terminal is for the server, which then stops the agent
+                start_new_session=True,
+            )
+        finally:
+            os.close(reading)
+        try:
+            runtime.lower_descriptor_limit_of(process.pid)
+            return await process.wait()
+        finally:
+            await _stop_process(process)
+    finally:
+        os.close(writing)
+
+
+def _command(url: str, settings: Settings) -> list[str]:
     workdir = Path(f"{settings.db_path}.agent").absolute()
-    command = runtime.program("agent", "--embedded", "--server", url)
+    command = [*runtime.program("agent", "--embedded", "--server", url)]
     command += ["--name", "local", "--slots", str(settings.slots)]
     command += ["--workdir", str(workdir), "--log-format", settings.log_format]
     command += ["--isolation", settings.isolation]
@@ -59,23 +91,7 @@ async def _run_agent(url: str, settings: Settings, token: str) -> int:
         command += ["--hide", f"{settings.db_path}{suffix}"]
     if settings.config_file is not None:  # a token may be in it
         command += ["--hide", settings.config_file]
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        # whoever reads the server's output must not wait for the agent to end it
-        stdout=asyncio.subprocess.DEVNULL,
-        env=runtime.agent_environment(os.environ),
-        # Ctrl-C in the terminal is for the server, which then stops the agent
-        start_new_session=True,
-    )
-    runtime.lower_descriptor_limit_of(process.pid)
-    assert process.stdin is not None
-    try:
-        # The pipe stays open: its end tells the agent that the server is gone, however it went.
-        process.stdin.write(f"{token}\n".encode())
-        return await process.wait()
-    finally:
-        await _stop_process(process)
+    return command
 
 
 async def _stop_process(process: asyncio.subprocess.Process) -> None:

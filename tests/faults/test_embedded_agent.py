@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
+
+import runtime
+from commands.embedded_agent import run_agent
+from config import Settings
 from tests.harness import Server, eventually
 
 
@@ -27,3 +36,21 @@ async def test_a_server_without_descriptors_for_its_agent_starts_it_when_there_a
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limits)
     await server.result(await server.upload("true"))
     assert await server.stop() == 0
+
+
+def test_an_agent_that_dies_at_once_does_not_take_the_server_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    start = asyncio.create_subprocess_exec
+
+    async def start_and_lose(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*command, **options)
+        await process.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_lose)
+    monkeypatch.setattr(
+        runtime, "program", lambda *_: [sys.executable, "-c", "raise SystemExit(7)"]
+    )
+    settings = Settings(db_path=str(tmp_path / "orchestrator.db"))
+    assert runtime.run(run_agent("http://127.0.0.1:1", settings, "token")) == 7
