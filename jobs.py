@@ -69,9 +69,16 @@ class Step:
 
 
 def steps_beyond(state: JobState, steps: Iterable[Step]) -> list[Step]:
-    """Return those of some steps to active states that a job in this one has not passed."""
-    order = ACTIVE_STATES.index
-    return [step for step in steps if order(step.state) > order(state)]
+    """Return those of some steps to active states that take a job on from this one.
+
+    A step to where it is by then, or behind that, is left out: it was said again.
+    """
+    taken: list[Step] = []
+    for step in steps:
+        if ACTIVE_STATES.index(step.state) > ACTIVE_STATES.index(state):
+            taken.append(step)
+            state = step.state
+    return taken
 
 
 def has_ended(state: JobState) -> bool:

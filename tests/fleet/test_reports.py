@@ -87,6 +87,24 @@ async def test_steps_that_come_alone_are_stored_at_once(tmp_path: Path) -> None:
             await fleet.wait(job_id, state)
 
 
+async def test_what_is_said_again_does_nothing(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path) as fleet:
+        peer = await fleet.agent("one")
+        job_id, attempt_id = await attempt_of(fleet, peer)
+        content = archive()
+        peer.run_through(attempt_id)
+        peer.run_through(attempt_id)
+        peer.deliver(attempt_id, content)
+        await fleet.wait(job_id, JobState.COMPLETED)
+        assert [line.after for line in await history(fleet, job_id)] == ALL_STATES
+        job_id, attempt_id = await attempt_of(fleet, peer)
+        peer.run_through(attempt_id)
+        peer.run_through(attempt_id)
+        await fleet.wait(job_id, JobState.RUNNING)
+        assert [line.after for line in await history(fleet, job_id)] == ALL_STATES[:-1]
+        assert not peer.closed.is_set()
+
+
 async def test_a_large_result_does_not_keep_the_steps_before_it(tmp_path: Path) -> None:
     async with running_fleet(tmp_path) as fleet:
         peer = await fleet.agent("one")
