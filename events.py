@@ -164,6 +164,9 @@ class EndSubscription(_Subscription[SmallResult | Transition]):
     """What one who waits for the end of a job has not taken yet, in order and bounded."""
 
 
+S = TypeVar("S", Subscription, OutputSubscription, EndSubscription)
+
+
 class Feed:
     """Passes on what happens to those who subscribed; costs nothing for those who did not."""
 
@@ -216,7 +219,7 @@ class Feed:
     @contextmanager
     def all_events(self, limit: int) -> Iterator[Subscription]:
         """Subscribe to everything; a subscriber that is ``limit`` events behind has lagged."""
-        subscription = self._new_subscription(limit)
+        subscription = self._begun(Subscription(limit))
         self._of_all.add(subscription)
         try:
             yield subscription
@@ -226,16 +229,14 @@ class Feed:
     @contextmanager
     def transitions_of(self, job_id: int, limit: int) -> Iterator[Subscription]:
         """Subscribe to one job; a subscriber that is ``limit`` events behind has lagged."""
-        subscription = self._new_subscription(limit)
+        subscription = self._begun(Subscription(limit))
         with _member(self._of_jobs, job_id, subscription):
             yield subscription
 
     @contextmanager
     def output_of(self, job_id: int, stream: Stream, limit: int) -> Iterator[OutputSubscription]:
         """Subscribe to what a job writes and to its transitions, in the order of both."""
-        subscription = OutputSubscription(limit)
-        if self._is_closed:
-            subscription.close()
+        subscription = self._begun(OutputSubscription(limit))
         with (
             _member(self._of_jobs, job_id, subscription),
             _member(self._of_output, (job_id, stream), subscription),
@@ -245,28 +246,25 @@ class Feed:
     @contextmanager
     def end_of(self, job_id: int, limit: int) -> Iterator[EndSubscription]:
         """Subscribe to the transitions of a job, and to its result if that is small."""
-        subscription = EndSubscription(limit)
-        if self._is_closed:
-            subscription.close()
+        subscription = self._begun(EndSubscription(limit))
         with (
             _member(self._of_jobs, job_id, subscription),
             _member(self._of_ends, job_id, subscription),
         ):
             yield subscription
 
-    def _new_subscription(self, limit: int) -> Subscription:
-        subscription = Subscription(limit)
+    def _begun(self, subscription: S) -> S:
         if self._is_closed:
             subscription.close()
         return subscription
 
 
 K = TypeVar("K")
-S = TypeVar("S")
+M = TypeVar("M")
 
 
 @contextmanager
-def _member(groups: dict[K, set[S]], key: K, member: S) -> Iterator[None]:
+def _member(groups: dict[K, set[M]], key: K, member: M) -> Iterator[None]:
     groups.setdefault(key, set()).add(member)
     try:
         yield

@@ -26,7 +26,7 @@ log = logging.getLogger("orchestrator.launcher")
 _APPLICATION = Path(__file__).parents[2]  # from where "agent" can be imported
 _CLOSE_SECONDS = 1.0
 _ASK_FOR_SUPERVISOR = b"supervisor"  # any byte would do; what counts is the socket with it
-_JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # see supervisor.py
+_JOB_RUNS, _NOTHING_LEFT = b"1", b"0"  # see starter.py and supervisor.py
 _WORD_BYTES = 16  # more than is ever said
 _MAX_IDLE = 16  # about 1 MB each; more jobs at a time than that are rarely small ones
 

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-JOB_RUNS = b"1"  # said to the agent
+_JOB_RUNS = b"1"  # said to the agent
 
 
 class NotPrepared(Exception):
@@ -138,7 +138,7 @@ class _Program:
 
     def _say_that_it_runs(self) -> None:
         with contextlib.suppress(OSError):  # the agent died meanwhile; its successor finds us
-            os.write(self._agent, JOB_RUNS)
+            os.write(self._agent, _JOB_RUNS)
 
 
 class _Thread:
